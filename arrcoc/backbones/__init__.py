@@ -1,0 +1,70 @@
+"""Backbones: image-text models behind one protocol, loaded by name.
+
+- `Backbone`: the protocol
+- `load_backbone`: by name, offline or from open_clip
+- `OpenClipBackbone`: wraps an open_clip model you already have
+"""
+
+from __future__ import annotations
+
+import torch
+
+from arrcoc.assets import asset_path
+from arrcoc.backbones.base import Backbone
+from arrcoc.backbones.open_clip import OpenClipBackbone, did_you_mean, load_local, load_pretrained
+
+__all__ = ["Backbone", "OpenClipBackbone", "load_backbone"]
+
+_FORMS = "'embedded', 'open_clip:NAME/TAG', 'open_clip:NAME/WEIGHTS_FILE' or 'open_clip:local-dir:FOLDER'"
+
+
+def load_backbone(
+    spec: str,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    mode: str | None = None,
+) -> Backbone:
+    """Load a backbone with its real weights, frozen; never one with random weights.
+
+    Args:
+        spec: ``"embedded"`` (ships with the package, offline), ``"open_clip:NAME/TAG"`` (downloaded once),
+            ``"open_clip:NAME/WEIGHTS_FILE"`` or ``"open_clip:local-dir:FOLDER"``.
+        device: None means the CPU.
+        dtype: floating point type to compute in; None means float32. The fingerprint is that of the weights before.
+        mode: how patch tokens are read, None for the default of the tower; so far ``"raw"`` alone.
+
+    Returns:
+        A `Backbone`.
+
+    Raises:
+        ValueError: if spec, dtype or mode is unknown, or the weights do not fit the model.
+        FileNotFoundError: if a folder, its configuration or its weights are missing.
+        ConnectionError: if weights must be downloaded and cannot be.
+
+    Example:
+        >>> backbone = load_backbone("embedded")                    # doctest: +SKIP
+        >>> backbone(images).grid, backbone.encode_text(["a cup"])  # doctest: +SKIP
+    """
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating point type, got {dtype}.")
+    backbone = _load(spec, mode)
+    if dtype not in (None, torch.float32):
+        backbone.fingerprint()  # of the weights as they are stored, before they are rounded
+    return backbone.to(device=device or "cpu", dtype=dtype or torch.float32)
+
+
+def _load(spec: str, mode: str | None) -> Backbone:
+    if not isinstance(spec, str):
+        raise ValueError(f"backbone must be {_FORMS}, got {spec!r}.")
+    if spec == "embedded":
+        return load_local(asset_path("embedded_clip"), spec=spec, mode=mode)
+    kind, _, rest = spec.partition(":")
+    if kind == "open_clip" and rest.startswith("local-dir:"):
+        return load_local(rest.removeprefix("local-dir:"), spec=spec, mode=mode)
+    if kind == "open_clip" and rest:
+        return load_pretrained(rest, spec=spec, mode=mode)
+    if kind == "hf":
+        raise ValueError(f"'hf:' backbones are not available in this version, got {spec!r}; use {_FORMS}.")
+    guesses = ["embedded", "open_clip", "open_clip:local-dir"]
+    raise ValueError(f"backbone must be {_FORMS}, got {spec!r}{did_you_mean(kind, guesses)}.")

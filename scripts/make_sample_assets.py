@@ -26,7 +26,14 @@ LONGEST_SIDE = 512
 LICENCES = {"astronaut": 1, "chelsea": 2, "coffee": 2, "rocket": 1}
 LICENCE_NAMES = {1: "Public domain", 2: "CC0 1.0"}
 
-# photo -> [(what, points)]: "x,y x,y ..." in pixels of the saved photo; x to the right, y down, pixel i spans [i, i + 1].
+SPACE_SHUTTLE = (
+    "407,0 423,0 431,13 436,28 438,46 437,57 441,41 444,39 447,41 453,58 456,76 456,212 457,218 456,235 "
+    "455,238 455,249 460,262 459,265 453,266 454,272 472,275 472,279 434,284 416,285 414,290 383,290 369,284 "
+    "368,273 368,262 378,236 382,230 358,230 354,223 355,211 363,200 378,181 377,142 379,107 381,94 381,61 "
+    "385,43 388,40 393,48 396,61 396,33 399,18"
+)
+
+# photo -> [(what, points)]: "x,y x,y ..." in pixels of the saved photo; x to the right, y down; pixel i is [i, i + 1].
 OUTLINES: dict[str, list[tuple[str, str]]] = {
     "astronaut": [
         (
@@ -52,11 +59,12 @@ OUTLINES: dict[str, list[tuple[str, str]]] = {
         ),
         (
             "space shuttle",
-            "407,0 423,0 431,13 436,28 438,46 437,57 441,41 444,39 447,41 453,58 456,76 456,212 457,218 456,235 "
-            "455,238 455,249 460,262 459,265 453,266 454,272 472,275 472,279 434,284 416,285 414,290 383,290 369,284 "
-            "368,273 368,262 378,236 382,230 358,230 354,223 355,211 363,200 378,181 377,142 379,107 381,94 381,61 "
-            "385,43 388,40 393,48 396,61 396,33 399,18",
+            SPACE_SHUTTLE,
         ),
+        ("rocket", SPACE_SHUTTLE),
+        ("eye", "193,101 199,96 206,96 212,101 208,105 197,105"),
+        ("eye", "237,103 244,97 250,97 256,101 253,107 242,107"),
+        ("nose", "224,95 231,95 236,115 240,127 234,133 226,131 219,132 213,127 216,115"),
     ],
     "chelsea": [
         (
@@ -138,7 +146,7 @@ TEXTURES: dict[str, tuple[str, tuple[int, int, int, int], int]] = {
     "gravel": ("gravel", (0, 0, 512, 512), 256),
     "wood": ("coffee", (486, 232, 600, 346), 114),
     "sky": ("rocket", (215, 10, 305, 100), 64),
-    "stars": ("hubble_deep_field", (150, 250, 662, 762), 256),
+    "canvas": ("astronaut", (303, 100, 375, 172), 72),
 }
 
 
@@ -157,7 +165,8 @@ def make_photos(folder: Path) -> None:
     """Write the photos, and their outlines as ``instances.json``."""
     names = sorted({what for outlines in OUTLINES.values() for what, _ in outlines})
     category_ids = {name: number for number, name in enumerate(names, start=1)}
-    images, annotations = [], []
+    images: list[dict[str, object]] = []
+    annotations: list[dict[str, object]] = []
     for image_id, (name, outlines) in enumerate(OUTLINES.items(), start=1):
         picture = _shrink(Image.fromarray(getattr(skimage.data, name)()), LONGEST_SIDE)
         _save(picture, folder / "images" / f"{name}.jpg", quality=90)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Mask = NDArray[np.bool_]
+Picture = NDArray[np.float32]
 
 
 def fill_polygons(rings: Sequence[NDArray[np.floating[Any]]], height: int, width: int) -> Mask:
@@ -30,7 +31,7 @@ def fill_polygons(rings: Sequence[NDArray[np.floating[Any]]], height: int, width
     for ring in rings:
         x0, y0 = np.asarray(ring, dtype=np.float64).T
         x1, y1 = np.roll(x0, -1), np.roll(y0, -1)
-        # Rows whose centre y satisfies min(y0, y1) <= row + 0.5 < max(y0, y1): half open, so a shared vertex counts once.
+        # Rows with min(y0, y1) <= row + 0.5 < max(y0, y1): half open, so that a shared vertex counts once.
         first = np.clip(np.ceil(np.minimum(y0, y1) - 0.5), 0, height).astype(np.int64)
         last = np.clip(np.ceil(np.maximum(y0, y1) - 0.5), 0, height).astype(np.int64)
         num_rows = last - first
@@ -106,5 +107,8 @@ def decode_segmentation(segmentation: object, height: int, width: int) -> Mask:
     for polygon in segmentation:
         if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
             raise ValueError(f"a polygon must be [x, y, x, y, ...] with at least 3 points, got {polygon!r}.")
-        mask |= fill_polygons([np.reshape(np.asarray(polygon, dtype=np.float64), (-1, 2))], height, width)
+        ring = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
+        if not np.isfinite(ring).all():
+            raise ValueError(f"a polygon's coordinates must be finite, got {polygon!r}.")
+        mask |= fill_polygons([ring], height, width)
     return mask

@@ -35,7 +35,8 @@ class OpenClipBackbone(Backbone):
             least 14 for a convolutional tower.
 
     Raises:
-        ValueError: if the model is in training mode, the tower is not supported, or mode or statistics are unknown.
+        ValueError: if the model is in training mode, the tower is not supported, the tokenizer does not fit, or mode or
+            statistics are unknown.
 
     Example:
         >>> backbone = OpenClipBackbone(model.eval(), tokenizer, spec="mine")      # doctest: +SKIP
@@ -75,7 +76,10 @@ class OpenClipBackbone(Backbone):
         self.logit_scale = scale.detach().exp().item()
         self.logit_bias = None if bias is None else bias.detach().item()
         self.mean, self.std = _statistics(visual, "mean", mean), _statistics(visual, "std", std)
-        self.embed_dim = self._encode_texts([""]).shape[-1]
+        try:
+            self.embed_dim = self._encode_texts(["a"]).shape[-1]
+        except (RuntimeError, IndexError) as error:  # wrong context length, numbers beyond the vocabulary
+            raise ValueError(f"tokenizer must be the model's own, but its numbers do not fit: {error}") from error
 
     def _encode_pixels(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         return self._tower(pixels)

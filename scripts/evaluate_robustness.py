@@ -27,9 +27,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    import torch
+
     import arrcoc
     from arrcoc.evaluation import evaluate, format_table, save_report
 
+    try:
+        torch.empty(0, device=arguments.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device must be one that this machine has, got {arguments.device!r}.") from error
     samples = _samples(arguments.data, arguments.num, arguments.seed)
     scorer = arrcoc.load_scorer(
         arguments.model,

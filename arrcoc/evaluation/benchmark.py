@@ -4,6 +4,9 @@ A number alone says little about a relevance map, so each stands beside four oth
 ("zero-shot"), the same with the sign turned ("negated": raw CLIP similarity is often inverted), a map that prefers the
 picture's centre ("centre") and one drawn anew every time ("random").
 
+Rank metrics use logits: an uncalibrated map may saturate, and what rounds to the same relevance would tie. Calibration
+uses relevance, and is measured for the methods that have it, "model" and "zero-shot".
+
 Axes: Q queries of one picture, N tokens.
 """
 
@@ -29,14 +32,13 @@ from arrcoc.tokens import VisualTokens
 
 CONDITIONS = ("clean", "token_noise", *CORRUPTIONS)
 METHODS = ("model", "zero-shot", "negated", "centre", "random")
-CALIBRATED = ("model", "zero-shot")
-"""Methods whose output claims to be the share of the token that is covered; the others only rank."""
 
 
 class Model(Protocol):
     """What the benchmark asks of a relevance model."""
 
     def encode_text(self, texts: Sequence[str], /) -> Tensor: ...
+    def compute_logits(self, visual_tokens: VisualTokens, text_embedding: Tensor, /) -> Tensor: ...
     def compute_relevance(self, visual_tokens: VisualTokens, text_embedding: Tensor, /) -> Tensor: ...
     def zero_shot(self) -> Model: ...
 
@@ -101,7 +103,7 @@ def evaluate(
         picture = load_image(sample.image)
         text = scorer.model.encode_text(sample.queries)[None]
         clean_tokens = scorer.encode_image(picture)
-        clean_maps = _maps(models, clean_tokens, text, _generator(seed, index, "map", "clean"))
+        clean_maps = _scores(models, clean_tokens, text, _generator(seed, index, "map", "clean"))
         coverage_QN = coverage(sample.masks.cpu(), clean_tokens.grid)
         num_images += 1
         num_present += int((coverage_QN.sum(-1) > 0).sum())
@@ -115,9 +117,12 @@ def evaluate(
                 tokens = token_noise(clean_tokens, severity, generator=generator)
             else:
                 tokens = scorer.encode_image(CORRUPTIONS[condition](picture, severity, generator=generator))
-            maps = _maps(models, tokens, text, _generator(seed, index, "map", condition))
+            maps = _scores(models, tokens, text, _generator(seed, index, "map", condition))
             for method, scores_QN in maps.items():
                 tallies[condition, method].add(scores_QN, clean_maps[method], coverage_QN, budget)
+            for method, model in models.items():
+                relevance_QN = model.compute_relevance(tokens, text)[0].float().cpu()
+                tallies[condition, method].add_relevance(relevance_QN, coverage_QN)
 
     if num_images == 0:
         raise ValueError(f"samples must hold at least one query, got none in {len(samples)} pictures.")
@@ -132,11 +137,11 @@ def evaluate(
     )
 
 
-def _maps(
+def _scores(
     models: Mapping[str, Model], tokens: VisualTokens, text: Tensor, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """What each method makes of the tokens of one picture: scores [Q, N] on the CPU."""
-    learned = {name: model.compute_relevance(tokens, text)[0].float().cpu() for name, model in models.items()}
+    """How each method ranks the tokens of one picture: scores [Q, N] on the CPU."""
+    learned = {name: model.compute_logits(tokens, text)[0].float().cpu() for name, model in models.items()}
     height, width = tokens.grid
     y, x = torch.arange(height) - (height - 1) / 2, torch.arange(width) - (width - 1) / 2
     centre_N = -(y[:, None].square() + x.square()).flatten()
@@ -164,10 +169,6 @@ class _Tally:
 
     def add(self, scores_QN: Tensor, clean_scores_QN: Tensor, coverage_QN: Tensor, budget: float) -> None:
         present_Q = coverage_QN.sum(-1) > 0
-        if self.method in CALIBRATED:
-            self.relevance.append(scores_QN.flatten())
-            self.target.append(coverage_QN.flatten())
-            self.absent_mass.append(scores_QN[~present_Q].mean(-1))
         scores_QN, clean_scores_QN, coverage_QN = (
             each[present_Q] for each in (scores_QN, clean_scores_QN, coverage_QN)
         )
@@ -177,6 +178,11 @@ class _Tally:
         self.recall.append(metrics.recall_at_budget(scores_QN, coverage_QN, budget))
         self.paired.append(metrics.paired_difference(scores_QN, labels_QN))
         self.overlap.append(metrics.top_k_overlap(scores_QN, clean_scores_QN, budget))
+
+    def add_relevance(self, relevance_QN: Tensor, coverage_QN: Tensor) -> None:
+        self.relevance.append(relevance_QN.flatten())
+        self.target.append(coverage_QN.flatten())
+        self.absent_mass.append(relevance_QN[coverage_QN.sum(-1) == 0].mean(-1))
 
     def scores(self, condition: str, seed: int) -> MethodScores:
         calibration_error = math.nan

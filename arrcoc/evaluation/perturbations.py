@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageFilter
 
-from arrcoc.tokens import VisualTokens
+from arrcoc.tokens import VisualTokens, fuse
 
 SEVERITIES: Mapping[str, tuple[float, float, float, float, float]] = MappingProxyType(
     {
@@ -59,7 +59,7 @@ def add_token_noise(visual_tokens: VisualTokens, sigma: float, *, generator: tor
     """Gaussian noise on the patches, p + sigma * RMS(p) * n with n ~ N(0, I); RMS over all patches of a picture.
 
     Args:
-        visual_tokens: patches [B, N, D].
+        visual_tokens: patches [B, N, D]; of several scales each gets its own noise, and they are averaged anew.
         sigma: standard deviation relative to the RMS, >= 0.
         generator: source of the noise, on the CPU: every device gets the same noise.
 
@@ -71,6 +71,8 @@ def add_token_noise(visual_tokens: VisualTokens, sigma: float, *, generator: tor
     """
     if not 0 <= sigma < float("inf"):
         raise ValueError(f"sigma must be finite and >= 0, got {sigma!r}.")
+    if visual_tokens.levels:
+        return fuse(tuple(add_token_noise(level, sigma, generator=generator) for level in visual_tokens.levels))
     patches = visual_tokens.patches
     rms = patches.float().square().mean(dim=(1, 2), keepdim=True).sqrt()
     noise = torch.randn(patches.shape, generator=generator).to(patches.device)

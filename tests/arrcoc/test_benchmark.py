@@ -31,11 +31,14 @@ class ColourModel:
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         return torch.eye(3)[[COLOURS.index(text) for text in texts]]
 
-    def compute_relevance(self, visual_tokens: VisualTokens, text_embedding: Tensor) -> Tensor:
+    def compute_logits(self, visual_tokens: VisualTokens, text_embedding: Tensor) -> Tensor:
         own = torch.einsum("bnd,bqd->bqn", visual_tokens.patches, text_embedding)
         others = torch.einsum("bnd,bqd->bqn", visual_tokens.patches, 1 - text_embedding)
         relevance = (own - others).clamp(0, 1)
-        return relevance if self.head else 1 - relevance
+        return (relevance if self.head else 1 - relevance).logit()
+
+    def compute_relevance(self, visual_tokens: VisualTokens, text_embedding: Tensor) -> Tensor:
+        return self.compute_logits(visual_tokens, text_embedding).sigmoid()
 
     def zero_shot(self) -> ColourModel:
         return ColourModel(head=False)
@@ -94,6 +97,19 @@ def test_the_sign_of_the_zero_shot_map_shows(report: BenchmarkReport) -> None:
     assert zero_shot.calibration_error > 0.9
     assert math.isnan(negated.calibration_error)
     assert math.isnan(negated.absent_mass)
+
+
+def test_a_saturated_map_keeps_its_rank_and_loses_its_calibration() -> None:
+    class Saturated(ColourModel):
+        def compute_relevance(self, visual_tokens: VisualTokens, text_embedding: Tensor) -> Tensor:
+            return torch.ones_like(self.compute_logits(visual_tokens, text_embedding))
+
+    scorer = ColourScorer()
+    scorer.model = Saturated()
+    row = evaluate(scorer, SAMPLES, conditions=("clean",)).row("clean", "model")
+    assert row.average_precision == 1
+    assert row.absent_mass == 1
+    assert row.calibration_error > 0.9
 
 
 def test_baselines_that_do_not_look_score_chance_and_do_not_hear(report: BenchmarkReport) -> None:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from arrcoc.evaluation.perturbations import CORRUPTIONS, SEVERITIES, add_token_noise, strength, token_noise
-from arrcoc.tokens import VisualTokens
+from arrcoc.tokens import VisualTokens, fuse
 
 
 def _seeded(seed: int = 0) -> torch.Generator:
@@ -107,6 +107,16 @@ def test_token_noise_by_severity_keeps_the_dtype() -> None:
     by_sigma = add_token_noise(tokens, SEVERITIES["token_noise"][2], generator=_seeded())
     assert torch.equal(token_noise(tokens, 3, generator=_seeded()).patches, by_sigma.patches)
     assert torch.equal(add_token_noise(tokens, 0, generator=_seeded()).patches, tokens.patches)
+
+
+def test_every_scale_gets_its_own_noise() -> None:
+    tokens = _tokens()
+    noisy = add_token_noise(fuse((tokens, tokens)), 0.5, generator=_seeded())
+    first, second = (level.patches - tokens.patches for level in noisy.levels)
+    rms = tokens.patches.square().mean((1, 2)).sqrt()
+    for noise in (first, second, (first - second) / 2**0.5):
+        torch.testing.assert_close(noise.std((1, 2)), 0.5 * rms, rtol=0.02, atol=0)
+    torch.testing.assert_close(noisy.patches, tokens.patches + (first + second) / 2)
 
 
 def test_errors_say_what_is_wrong() -> None:

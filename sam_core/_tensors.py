@@ -1,0 +1,123 @@
+"""Arithmetic on lists of tensors: fused (foreach) where possible, grouped by device and dtype.
+
+``foreach``: None fuses plain tensors and loops over subclasses, True always fuses, False always loops.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_HALF_TYPES = (torch.float16, torch.bfloat16)
+
+
+def norm(tensors: Sequence[Tensor], *, foreach: bool | None = None) -> Tensor:
+    """Global Euclidean norm sqrt(sum |x|^2) over all entries of all tensors.
+
+    Computed in float32 for half types; where squares would leave the range of the dtype, repeated on x / max |x|. So it
+    is 0 only if all entries are, and finite if they are, unless the norm itself is too large for the dtype.
+
+    Args:
+        tensors: real or complex, any devices and dtypes.
+        foreach: see the top of this file.
+
+    Returns:
+        float32 or float64 tensor [] on the first tensor's device; NaN or infinity if an entry is; 0 for no tensors.
+    """
+    tensors = [tensor.detach() for tensor in tensors if tensor.numel() > 0]
+    if not tensors:
+        return torch.zeros(())
+    total: Tensor = torch.linalg.vector_norm(torch.stack(_norms(tensors, 2.0, foreach)))
+    if math.isfinite(total) and total > torch.finfo(torch.float32).tiny ** 0.5:
+        return total
+    largest: Tensor = torch.stack(_norms(tensors, math.inf, foreach)).max()
+    if not math.isfinite(largest) or largest == 0:
+        return largest
+    shares = [_wide(tensor) / largest.to(tensor.device) for tensor in tensors]
+    return torch.mul(largest, torch.linalg.vector_norm(torch.stack(_norms(shares, 2.0, foreach))))
+
+
+def scale(tensors: Sequence[Tensor], factor: float, *, foreach: bool | None = None) -> list[Tensor]:
+    """New tensors ``factor * x``."""
+    return _apply(
+        lambda xs: list(torch._foreach_mul(xs, factor)), lambda x: torch.mul(x, factor), (tensors,), foreach=foreach
+    )
+
+
+def multiply(left: Sequence[Tensor], right: Sequence[Tensor], *, foreach: bool | None = None) -> list[Tensor]:
+    """New tensors ``x * y``, entry by entry, in the wider of the two dtypes."""
+    return _apply(lambda xs, ys: list(torch._foreach_mul(xs, ys)), torch.mul, (left, right), foreach=foreach)
+
+
+def shift(tensors: Sequence[Tensor], amount: float, *, foreach: bool | None = None) -> list[Tensor]:
+    """New tensors ``x + amount``."""
+    return _apply(
+        lambda xs: list(torch._foreach_add(xs, amount)), lambda x: torch.add(x, amount), (tensors,), foreach=foreach
+    )
+
+
+def add_(tensors: Sequence[Tensor], others: Sequence[Tensor], *, foreach: bool | None = None) -> None:
+    """``x += y`` in place."""
+    _apply(torch._foreach_add_, Tensor.add_, (tensors, others), foreach=foreach)
+
+
+def copy_(tensors: Sequence[Tensor], sources: Sequence[Tensor], *, foreach: bool | None = None) -> None:
+    """``x[:] = y`` in place."""
+    _apply(torch._foreach_copy_, Tensor.copy_, (tensors, sources), foreach=foreach)
+
+
+def absolute(tensors: Sequence[Tensor], *, foreach: bool | None = None) -> list[Tensor]:
+    """New real tensors ``|x|``, half types as float32: products with small gradients must not vanish."""
+    wide = [_wide(tensor.detach()) for tensor in tensors]
+    return _apply(lambda xs: list(torch._foreach_abs(xs)), torch.abs, (wide,), foreach=foreach)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in _HALF_TYPES else tensor
+
+
+def _norms(tensors: list[Tensor], order: float, foreach: bool | None) -> list[Tensor]:
+    """The norm of each tensor, [] each, on the first tensor's device."""
+
+    def dtype(tensor: Tensor) -> torch.dtype | None:
+        return torch.float32 if tensor.dtype in _HALF_TYPES else None
+
+    norms = _apply(
+        lambda xs: list(torch._foreach_norm(xs, order, dtype(xs[0]))),
+        lambda x: torch.linalg.vector_norm(x, order, dtype=dtype(x)),
+        (tensors,),
+        foreach=foreach,
+    )
+    return [value.to(tensors[0].device) for value in norms]
+
+
+def _apply(
+    fused: Callable[..., Any],
+    single: Callable[..., Tensor],
+    lists: tuple[Sequence[Tensor], ...],
+    *,
+    foreach: bool | None,
+) -> list[Tensor]:
+    """Run the fused operation once a (device, dtype) group, or the single one once a tensor; results in input order."""
+    if foreach is None:
+        foreach = all(type(tensor) in (Tensor, torch.nn.Parameter) for tensors in lists for tensor in tensors)
+    if not foreach:
+        return [single(*tensors) for tensors in zip(*lists, strict=True)]
+    results = list(lists[0])
+    for positions in _alike(lists):
+        group = fused(*([tensors[i] for i in positions] for tensors in lists))
+        for position, result in zip(positions, group or (), strict=group is not None):
+            results[position] = result
+    return results
+
+
+def _alike(lists: tuple[Sequence[Tensor], ...]) -> Iterator[list[int]]:
+    """Positions that one fused call can take together: same device and dtype within every list."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for position, tensors in enumerate(zip(*lists, strict=True)):
+        groups.setdefault(tuple((t.device, t.dtype) for t in tensors), []).append(position)
+    yield from groups.values()

@@ -1,0 +1,100 @@
+"""Where the worst neighbour of w lies: e = rho T^2 g / ||T g|| (Foret et al. 2021, eq. 2; Kwon et al. 2021, eq. 5).
+
+To first order it maximises the loss in the ball ||T^-1 e|| <= rho. A rule says what T is for one parameter group; the
+norm ||T g|| runs over all groups, so that per-group radii share one direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sam_core import _tensors
+from sam_core._checks import check_nonnegative
+
+
+@dataclass(frozen=True, kw_only=True)
+class L2Ascent:
+    """Euclidean ball, T = 1 (Foret et al. 2021).
+
+    Args:
+        rho: radius in parameter units, >= 0.
+        maximize: the objective is maximised, so its worst neighbour is the lowest: e points along -g.
+    """
+
+    rho: float
+    maximize: bool = False
+
+    def __post_init__(self) -> None:
+        check_nonnegative("rho", self.rho)
+
+    def stretch(self, tensors: list[Tensor], params: list[Tensor], foreach: bool | None = None) -> list[Tensor]:
+        """T x for tensors x that belong to the parameters: here x itself."""
+        return tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveAscent(L2Ascent):
+    """Ball that scales with the weights, T = |w| + eta (Kwon et al. 2021): rescaling a layer does not change it.
+
+    Args:
+        rho: radius relative to the weights, >= 0.
+        eta: added to |w| so that zero weights move too, in parameter units, >= 0.
+    """
+
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_nonnegative("eta", self.eta)
+
+    def stretch(self, tensors: list[Tensor], params: list[Tensor], foreach: bool | None = None) -> list[Tensor]:
+        """(|w| + eta) x, entry by entry; half types as float32."""
+        magnitudes = _tensors.absolute(params, foreach=foreach)
+        if self.eta:
+            magnitudes = _tensors.shift(magnitudes, self.eta, foreach=foreach)
+        return _tensors.multiply(tensors, magnitudes, foreach=foreach)
+
+
+@torch.no_grad()
+def compute_perturbation(
+    rules: Sequence[L2Ascent],
+    grads: Sequence[list[Tensor]],
+    params: Sequence[list[Tensor]],
+    *,
+    foreach: bool | None = None,
+) -> list[list[Tensor]]:
+    """Perturbation e = rho T^2 g / ||T g||; zero where the whole gradient is zero.
+
+    Args:
+        rules: one a parameter group.
+        grads: for each group its gradients g, one a parameter.
+        params: for each group its parameters w.
+        foreach: fuse the operations; None: where possible.
+
+    Returns:
+        For each group its perturbation, shaped like the parameters, in parameter units.
+
+    Example:
+        >>> w, g = torch.zeros(2), torch.tensor([3.0, 4.0])
+        >>> compute_perturbation([L2Ascent(rho=1.0)], [[g]], [[w]])
+        [[tensor([0.6000, 0.8000])]]
+    """
+    stretched = [
+        rule.stretch(group_grads, group_params, foreach)
+        for rule, group_grads, group_params in zip(rules, grads, params, strict=True)
+    ]
+    length = float(_tensors.norm([tensor for tensors in stretched for tensor in tensors], foreach=foreach))
+
+    def factor(rule: L2Ascent) -> float:
+        # A subnormal length would make rho / length infinite in float32, and infinity times zero is NaN.
+        size = min(rule.rho / length, torch.finfo(torch.float32).max) if length != 0 else 0.0
+        return -size if rule.maximize else size
+
+    return [
+        _tensors.scale(rule.stretch(tensors, group_params, foreach), factor(rule), foreach=foreach)
+        for rule, tensors, group_params in zip(rules, stretched, params, strict=True)
+    ]

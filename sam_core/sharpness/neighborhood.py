@@ -1,0 +1,44 @@
+"""Sharpness near w: max_{||e|| <= rho} L(w + e) - L(w), to first order (Foret et al. 2021, eq. 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import grad_and_value
+
+from sam_core.ascent import L2Ascent, compute_perturbation
+from sam_core.sharpness._loss import parameter_loss
+
+
+def compute_sam_sharpness(
+    model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any, rho: float = 0.05
+) -> float:
+    """How far the loss rises in one SAM step:  L(w + rho g / ||g||) - L(w),  g = grad L(w).
+
+    The model is measured in eval mode, over the parameters that require a gradient, and left exactly as found. For a
+    convex loss the value is at least 0; in general the one step may miss the maximum.
+
+    Args:
+        model: any module.
+        loss_fn: maps (model output, targets) to a scalar tensor.
+        inputs: a tensor, or a tuple for ``model(*inputs)``.
+        targets: what loss_fn takes.
+        rho: radius in parameter units, >= 0.
+
+    Returns:
+        The rise, in units of the loss.
+
+    Raises:
+        ValueError: for a bad rho, no trainable parameter, or a loss that is not a scalar.
+    """
+    rule = L2Ascent(rho=rho)
+    with parameter_loss(model, loss_fn, inputs, targets) as (loss, params):
+        grads, loss_at_w = grad_and_value(loss)(params)
+        names = list(params)
+        (perturbation,) = compute_perturbation([rule], [[grads[n] for n in names]], [[params[n] for n in names]])
+        with torch.no_grad():
+            neighbor = {name: params[name] + move for name, move in zip(names, perturbation, strict=True)}
+            return float(loss(neighbor)) - float(loss_at_w)

@@ -1,0 +1,207 @@
+"""Saving and resuming: N steps, save, load in a fresh process, M steps equal N + M steps bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from sam_cases import BASES, METHODS, assert_bitwise, copies, make_closure, make_model
+from torch import nn
+
+from sam_core import SAM, TwoPassOptimizer
+
+RESUME = """
+import sys
+import torch
+from sam_cases import BASES, METHODS, make_closure, make_model
+
+method, base, path = sys.argv[1:]
+saved = torch.load(path, weights_only=True)
+model = make_model()
+optimizer = METHODS[method](model.parameters(), BASES[base][0], lr=123.0)
+model.load_state_dict(saved["model"])
+optimizer.load_state_dict(saved["optimizer"])
+for _ in range(3):
+    optimizer.step(make_closure(model))
+torch.save(model.state_dict(), path)
+"""
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("method", METHODS)
+def test_resume_in_a_fresh_process_is_exact(method, base, tmp_path):
+    """Regression: peers' defect 1, the base optimizer's moments were lost."""
+    model = make_model()
+    optimizer = METHODS[method](model.parameters(), BASES[base][0], **BASES[base][1])
+    for _ in range(2):
+        optimizer.step(make_closure(model))
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
+    for _ in range(3):
+        optimizer.step(make_closure(model))
+
+    here = Path(__file__).parent
+    root = str(Path(sys.modules["sam_core"].__file__).parents[1])
+    code = f"import sys; sys.path[:0] = {[str(here), root]!r}\n{RESUME}"
+    subprocess.run([sys.executable, "-c", code, method, base, str(path)], check=True, timeout=120)
+    resumed = torch.load(path, weights_only=True)
+    assert_bitwise(list(resumed.values()), copies(model))
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_state_dict_holds_moments_options_and_no_backup(base):
+    model = make_model()
+    optimizer = METHODS["sam"](model.parameters(), BASES[base][0], **BASES[base][1])
+    optimizer.step(make_closure(model))
+    make_closure(model)()
+    optimizer.first_step()
+    saved, base_saved = optimizer.state_dict(), optimizer.base_optimizer.state_dict()
+    assert saved["state"].keys() == base_saved["state"].keys() == {0, 1, 2, 3}
+    assert all(saved["state"][i].keys() == base_saved["state"][i].keys() for i in range(4))
+    assert saved["param_groups"][0]["rho"] == 0.1
+    assert saved["param_groups"][0]["sam_core.num_skipped"] == 0
+    assert not any(name.startswith("sam_core.") for name in base_saved["param_groups"][0])
+
+
+def test_num_skipped_is_resumed():
+    model = make_model()
+    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1, nonfinite="skip")
+    make_closure(model)()
+    model[0].weight.grad.fill_(float("nan"))
+    optimizer.first_step()
+    optimizer.second_step()
+    other = SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    other.load_state_dict(optimizer.state_dict())
+    assert other.num_skipped == 1
+    assert not any(name.startswith("sam_core.") for name in other.param_groups[0])
+
+
+def test_plain_checkpoint_of_the_base_optimizer_keeps_the_options():
+    model = make_model()
+    base = torch.optim.AdamW(model.parameters(), lr=0.5)
+    make_closure(model)()
+    base.step()
+    optimizer = SAM(model.parameters(), torch.optim.AdamW, rho=0.7, lr=0.1)
+    optimizer.load_state_dict(base.state_dict())
+    assert (optimizer.param_groups[0]["rho"], optimizer.param_groups[0]["lr"]) == (0.7, 0.5)
+    assert torch.equal(optimizer.state[model[0].weight]["exp_avg"], base.state[model[0].weight]["exp_avg"])
+    base.load_state_dict(optimizer.state_dict())  # and back
+
+
+def test_other_groups_are_refused():
+    optimizer = SAM(make_model().parameters(), torch.optim.SGD, lr=0.1)
+    other = SAM([nn.Parameter(torch.ones(1))], torch.optim.SGD, lr=0.1)
+    with pytest.raises(ValueError, match=r"^loaded state dict contains a parameter group that doesn't match the size"):
+        optimizer.load_state_dict(other.state_dict())
+
+
+def test_loading_forgets_a_step_begun():
+    model = make_model()
+    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    saved_model, saved = copy.deepcopy(model.state_dict()), optimizer.state_dict()
+    make_closure(model)()
+    optimizer.first_step()
+    model.load_state_dict(saved_model)
+    optimizer.load_state_dict(saved)
+    optimizer.restore()
+    assert_bitwise(copies(model), list(saved_model.values()))
+    optimizer.step(make_closure(model))
+
+
+class _Remembering(TwoPassOptimizer):
+    """A method with state of its own: a float64 average of the gradients of parameters of any dtype."""
+
+    def __init__(self, params, base_optimizer, **kwargs):
+        super().__init__(params, base_optimizer, {"rho": 0.1}, **kwargs)
+        self._counters["num_steps"] = 0
+
+    def _check_group(self, group):
+        pass
+
+    def _compute_perturbation(self, groups, params, grads):
+        self._counters["num_steps"] += 1
+        for param, grad in zip(params[0], grads[0], strict=True):
+            average = self._method_state.setdefault(param, {"average": torch.zeros_like(param, dtype=torch.float64)})
+            average["average"].lerp_(grad.double(), 0.1)
+        return [[self._method_state[p]["average"].to(p.dtype) for p in params[0]]]
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_methods_own_state_is_kept_apart_and_never_cast(base):
+    param = nn.Parameter(torch.linspace(-1, 1, 5).bfloat16())
+
+    def closure():
+        loss = param.float().pow(4).sum()
+        loss.backward()
+        return loss
+
+    optimizer = _Remembering([param], BASES[base][0], **BASES[base][1])
+    for _ in range(2):
+        optimizer.step(closure)
+    assert "average" not in optimizer.state[param]
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert saved["state"][0]["sam_core.average"].dtype == torch.float64
+
+    start = param.detach().clone()
+    optimizer.step(closure)
+    expected = param.detach().clone()
+    with torch.no_grad():
+        param.copy_(start)
+    other = _Remembering([param], BASES[base][0], **BASES[base][1])
+    other.load_state_dict(saved)
+    average = other._method_state[param]["average"]
+    assert average.dtype == torch.float64
+    assert average.data_ptr() != saved["state"][0]["sam_core.average"].data_ptr()
+    other.step(closure)
+    assert_bitwise([param], [expected])
+    assert other._counters["num_steps"] == 3
+    assert not any(name.startswith("sam_core.") for name in other.state[param])
+
+
+def test_state_that_the_base_optimizer_makes_on_construction_is_kept():
+    optimizer = SAM(make_model().parameters(), torch.optim.Adagrad, lr=0.1)
+    assert len(optimizer.state) == 4
+    assert optimizer.state is optimizer.base_optimizer.state
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_copies_step_alone(way):
+    model = make_model()
+    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    optimizer.step(make_closure(model))
+    pair = copy.deepcopy((model, optimizer)) if way == "deepcopy" else pickle.loads(pickle.dumps((model, optimizer)))
+    pair[1].step(make_closure(pair[0]))
+    optimizer.step(make_closure(model))
+    assert_bitwise(copies(pair[0]), copies(model))
+    assert pair[1].param_groups is pair[1].base_optimizer.param_groups
+
+
+def test_state_dict_hooks_run():
+    optimizer, seen = SAM(make_model().parameters(), torch.optim.SGD, lr=0.1), []
+    optimizer.register_state_dict_pre_hook(lambda opt: seen.append("save"))
+    optimizer.register_state_dict_post_hook(lambda opt, saved: {**saved, "extra": 1})
+    optimizer.register_load_state_dict_pre_hook(lambda opt, saved: seen.append(saved.pop("extra")))
+    optimizer.register_load_state_dict_post_hook(lambda opt: seen.append("loaded"))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert seen == ["save", 1, "loaded"]
+
+
+def test_distributed_checkpoint_state_dict_round_trip():
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    model = make_model()
+    optimizer = SAM(model.parameters(), torch.optim.AdamW, rho=0.2, lr=0.1)
+    optimizer.step(make_closure(model))
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+    other_model = copy.deepcopy(model)
+    other = SAM(other_model.parameters(), torch.optim.AdamW, rho=0.1, lr=0.3)
+    set_optimizer_state_dict(other_model, other, saved)
+    optimizer.step(make_closure(model))
+    other.step(make_closure(other_model))
+    assert_bitwise(copies(other_model), copies(model))

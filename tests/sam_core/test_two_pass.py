@@ -1,0 +1,560 @@
+"""The contract of every two-pass optimizer, over every method and two base optimizers."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+
+import pytest
+import torch
+from sam_cases import BASES, METHODS, assert_bitwise, copies, make_batch, make_closure, make_model, true_step
+from torch import nn
+
+TRUTH = {"sam": {"rho": 0.1, "eta": None}, "asam": {"rho": 0.5, "eta": 0.01}}
+
+
+@pytest.fixture(params=METHODS)
+def method(request):
+    return request.param
+
+
+@pytest.fixture(params=BASES)
+def base(request):
+    return request.param
+
+
+@pytest.fixture
+def build(method, base):
+    """Builds the optimizer of this case over a model or parameters."""
+
+    def build(params, **options):
+        params = params.parameters() if isinstance(params, nn.Module) else params
+        return METHODS[method](params, BASES[base][0], **{**BASES[base][1], **options})
+
+    return build
+
+
+# Formula and forms ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.05}, {"foreach": False}, {"foreach": True}])
+def test_steps_follow_the_formula(build, method, base, options):
+    model, reference = make_model(), make_model()
+    optimizer = build(model, **options)
+    base_optimizer = BASES[base][0](reference.parameters(), **BASES[base][1])
+    clip = {name: value for name, value in options.items() if name == "max_grad_norm"}
+    for _ in range(4):
+        loss = optimizer.step(make_closure(model))
+        expected = true_step(reference, base_optimizer, **TRUTH[method], **clip)
+        torch.testing.assert_close(loss.detach(), expected, rtol=1e-12, atol=0)
+    for actual, true in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(actual, true, rtol=1e-10, atol=1e-12)
+
+
+def test_both_forms_agree_bit_for_bit(build):
+    results = []
+    for form in ("closure", "grads_ready", "two_step", "two_step_zero_grad"):
+        model = make_model()
+        optimizer, closure = build(model), make_closure(model)
+        for _ in range(3):
+            if form == "closure":
+                optimizer.step(closure)
+            elif form == "grads_ready":
+                optimizer.zero_grad()
+                closure()
+                optimizer.step(closure, grads_ready=True)
+            else:
+                optimizer.zero_grad()
+                closure()
+                optimizer.first_step(zero_grad=form == "two_step_zero_grad")
+                if form == "two_step":
+                    assert all(p.grad is not None for p in model.parameters())
+                    optimizer.zero_grad()
+                closure()
+                optimizer.second_step(zero_grad=True)
+                assert all(p.grad is None for p in model.parameters())
+        results.append(copies(model))
+    for other in results[1:]:
+        assert_bitwise(other, results[0])
+
+
+def test_grads_ready_returns_the_loss_at_the_perturbed_point(build):
+    model = make_model()
+    optimizer, closure = build(model), make_closure(model)
+    loss = closure()
+    perturbed_loss = optimizer.step(closure, grads_ready=True)
+    assert perturbed_loss > loss
+
+
+def test_rho_zero_is_the_base_optimizer_bit_for_bit(build, base):
+    torch.manual_seed(3)  # the same dropout masks, so a second forward pass would show
+    model = nn.Sequential(make_model(), nn.Dropout(0.5))
+    optimizer = build(model, rho=0.0)
+    entered = []
+    for _ in range(3):
+        optimizer.step(make_closure(model), ascent_context=lambda: entered.append(1))
+    assert not entered  # a gradient that is stepped with must be synchronised
+
+    torch.manual_seed(3)
+    plain = nn.Sequential(make_model(), nn.Dropout(0.5))
+    base_optimizer = BASES[base][0](plain.parameters(), **BASES[base][1])
+    for _ in range(3):
+        base_optimizer.zero_grad()
+        make_closure(plain)()
+        base_optimizer.step()
+    assert_bitwise(list(model.parameters()), list(plain.parameters()))
+
+
+@pytest.mark.parametrize("value", [{"loss": 1}, 0.0, None])
+def test_step_returns_what_the_closure_returns(build, value):
+    model = make_model()
+    optimizer, closure, before = build(model), make_closure(model), copies(model)
+
+    def other() -> object:
+        closure()
+        return value
+
+    assert optimizer.step(other) is value
+    assert not torch.equal(before[0], next(model.parameters()))
+
+
+@pytest.mark.parametrize("given", ["function", "context"])
+def test_ascent_context_surrounds_the_first_pass_alone(build, given):
+    model = make_model()
+    optimizer, closure, events = build(model), make_closure(model), []
+
+    @contextlib.contextmanager
+    def context():
+        events.append("enter")
+        yield
+        events.append("exit")
+
+    def recording():
+        events.append("closure")
+        return closure()
+
+    optimizer.step(recording, ascent_context=context if given == "function" else context())
+    assert events == ["enter", "closure", "exit", "closure"]
+
+
+def test_closure_runs_with_gradients_cleared_and_enabled(build):
+    model = make_model()
+    optimizer, closure = build(model), make_closure(model)
+    for param in model.parameters():
+        param.grad = torch.full_like(param, 100.0)
+
+    def checking():
+        assert torch.is_grad_enabled()
+        assert all(p.grad is None for p in model.parameters())
+        return closure()
+
+    with torch.no_grad():
+        optimizer.step(checking)
+
+
+# Weights come back ----------------------------------------------------------------------------------------------------
+
+
+def test_second_step_restores_in_place(build):
+    model = make_model()
+    optimizer, closure = build(model, lr=0.0, weight_decay=0.0), make_closure(model)
+    before, pointers = copies(model), [p.data_ptr() for p in model.parameters()]
+    closure()
+    optimizer.first_step(zero_grad=True)
+    assert all(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    closure()
+    optimizer.second_step()
+    assert_bitwise(list(model.parameters()), before)
+    assert [p.data_ptr() for p in model.parameters()] == pointers
+
+
+def test_weights_come_back_when_the_second_pass_raises(build):
+    model = make_model()
+    optimizer, closure, before, calls = build(model), make_closure(model), copies(model), []
+
+    def failing():
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return closure()
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(failing)
+    assert_bitwise(list(model.parameters()), before)
+    optimizer.step(closure)  # and the optimizer goes on
+
+
+def test_restore_gives_a_step_up(build):
+    model = make_model()
+    optimizer, before = build(model), copies(model)
+    make_closure(model)()
+    optimizer.first_step()
+    optimizer.restore()
+    optimizer.restore()
+    assert_bitwise(list(model.parameters()), before)
+    with pytest.raises(RuntimeError, match=r"^second_step needs a first_step before it\.$"):
+        optimizer.second_step()
+
+
+def test_gradient_in_only_one_pass(build):
+    first, second, both = (nn.Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(3))
+    optimizer = build([first, second, both], lr=0.0, weight_decay=0.0)
+    calls = []
+
+    def closure():
+        calls.append(1)
+        loss = ((first if len(calls) == 1 else second) ** 2).sum() + (both**3).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert_bitwise([first, second, both], [torch.ones(3, dtype=torch.float64)] * 3)
+
+
+# Non-finite gradients -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bad_pass", [1, 2])
+@pytest.mark.parametrize("form", ["closure", "two_step"])
+@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+def test_nonfinite_gradient_leaves_weights_and_moments(build, bad, bad_pass, form, nonfinite):
+    model = make_model()
+    optimizer, closure, calls = build(list(model.named_parameters()), nonfinite=nonfinite), make_closure(model), []
+    optimizer.step(closure)
+    before, state = copies(model), copy.deepcopy(optimizer.base_optimizer.state_dict()["state"])
+
+    def spoiled():
+        calls.append(1)
+        loss = closure()
+        if len(calls) == bad_pass:
+            model[2].weight.grad[1, 2] = bad
+        return loss
+
+    def step():
+        if form == "closure":
+            optimizer.step(spoiled)
+        else:
+            optimizer.zero_grad()
+            spoiled()
+            optimizer.first_step(zero_grad=True)
+            spoiled()
+            optimizer.second_step()
+
+    if nonfinite == "raise":
+        where = "w" if bad_pass == 1 else r"w \+ perturbation"
+        message = rf"^the gradient of parameter 2 '2\.weight' with shape \[3, 4\] is not finite at {where}\.$"
+        with pytest.raises(FloatingPointError, match=message):
+            step()
+        assert optimizer.num_skipped == 0
+    else:
+        step()
+        assert optimizer.num_skipped == 1
+        assert len(calls) == 2
+    assert_bitwise(list(model.parameters()), before)
+    for number, values in optimizer.base_optimizer.state_dict()["state"].items():
+        for name, value in values.items():
+            assert value is state[number][name] or torch.equal(value, state[number][name])
+    optimizer.step(closure)  # goes on, from the clean weights
+    assert not torch.equal(before[0], next(model.parameters()))
+
+
+def test_nan_weights_are_not_left_behind(build):
+    """Add and subtract would turn a NaN perturbation into NaN weights (regression: peers' defect 7)."""
+    model = make_model()
+    optimizer, before = build(model), copies(model)
+    make_closure(model)()
+    optimizer._compute_perturbation = lambda groups, params, grads: [[p * float("nan") for p in params[0]]]
+    optimizer.first_step()
+    assert all(p.isnan().all() for p in model.parameters())
+    optimizer.restore()
+    assert_bitwise(list(model.parameters()), before)
+
+
+# Groups, schedulers ---------------------------------------------------------------------------------------------------
+
+
+def test_groups_are_the_base_optimizers(build):
+    model = make_model()
+    optimizer = build(model)
+    assert optimizer.param_groups is optimizer.base_optimizer.param_groups
+    assert optimizer.state is optimizer.base_optimizer.state
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "lr": 0.5, "rho": 0.3})
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.param_groups is optimizer.base_optimizer.param_groups
+    assert optimizer.state is optimizer.base_optimizer.state
+    assert [group["rho"] for group in optimizer.param_groups][1:] == [0.3]
+    assert optimizer.param_groups[1]["lr"] == 0.5
+    optimizer.base_optimizer.load_state_dict(optimizer.base_optimizer.state_dict())
+    assert optimizer.param_groups is optimizer.base_optimizer.param_groups
+
+
+def test_added_group_takes_the_methods_defaults_and_trains(build, base):
+    model, extra = make_model(), nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = build(model)
+    mine = {"params": [extra]}
+    optimizer.add_param_group(mine)
+    assert mine == {"params": [extra]}
+    assert optimizer.param_groups[1]["rho"] == optimizer.param_groups[0]["rho"]
+    assert optimizer.param_groups[1]["lr"] == BASES[base][1]["lr"]
+
+    def closure():
+        loss = (model(make_batch()[0]) * extra).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert not torch.equal(extra, torch.ones(3, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"^rho must be >= 0, got -1\.$"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "rho": -1})
+
+
+@pytest.mark.parametrize("attach", ["wrapper", "base"])
+@pytest.mark.parametrize("form", ["closure", "two_step", "skipped"])
+def test_schedulers_attach_without_a_warning(build, base, attach, form):
+    """Regression: peers' defect 6."""
+    model = make_model()
+    optimizer, closure = build(model, nonfinite="skip"), make_closure(model)
+    target = optimizer if attach == "wrapper" else optimizer.base_optimizer
+    scheduler = torch.optim.lr_scheduler.StepLR(target, step_size=1, gamma=0.5)
+    if form == "closure":
+        optimizer.step(closure)
+    else:
+        closure()
+        if form == "skipped":
+            model[0].bias.grad.fill_(float("nan"))
+        optimizer.first_step(zero_grad=True)
+        closure()
+        optimizer.second_step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0.5 * BASES[base][1]["lr"]
+
+
+def test_frozen_and_tied_parameters(build, method, base):
+    def make_tied():
+        torch.manual_seed(0)
+        layers = [nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5), nn.Linear(5, 3)]
+        layers[4].weight = layers[0].weight
+        layers[2].requires_grad_(False)
+        return nn.Sequential(*layers).double()
+
+    model, reference = make_tied(), make_tied()
+    optimizer, frozen = build(model), copies(model[2])
+    base_optimizer = BASES[base][0](reference.parameters(), **BASES[base][1])
+    for _ in range(3):
+        optimizer.step(make_closure(model))
+        true_step(reference, base_optimizer, **TRUTH[method])
+    assert model[4].weight is model[0].weight
+    assert_bitwise(list(model[2].parameters()), frozen)
+    for actual, true in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(actual, true, rtol=1e-10, atol=1e-12)
+
+
+# dtypes ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_gradients_whose_squares_overflow(build, dtype):
+    param = nn.Parameter(torch.full((4,), 0.5, dtype=dtype))
+    optimizer = build([param], rho=1.0)
+    param.grad = torch.full((4,), 50000.0, dtype=dtype)
+    optimizer.first_step()
+    torch.testing.assert_close(param.detach().float(), torch.full((4,), param[0].item()), rtol=0, atol=0)
+    # e = rho T^2 g / ||T g|| = T / 2 in each entry
+    t = 0.5 + optimizer.param_groups[0]["eta"] if optimizer.param_groups[0]["adaptive"] else 1.0
+    torch.testing.assert_close(param[0].item(), 0.5 + t / 2, rtol=0, atol=4e-3)
+    optimizer.second_step()
+    assert param.isfinite().all()
+
+
+def test_one_step_over_several_dtypes(build):
+    params = [nn.Parameter(torch.ones(3, dtype=t)) for t in (torch.float16, torch.bfloat16, torch.float32)]
+    params.append(nn.Parameter(torch.ones(3, dtype=torch.float64)))
+    optimizer = build(params)
+
+    def closure():
+        loss = sum(param.double().square().sum() for param in params)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert all(param.isfinite().all() and (param < 1).all() for param in params)
+    assert [p.dtype for p in params] == [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_complex_parameter_is_its_real_view(base):
+    start = torch.tensor([1.0 + 2.0j, -0.5 + 0.25j], dtype=torch.complex128)
+    results = []
+    for real in (False, True):
+        param = nn.Parameter(torch.view_as_real(start).clone() if real else start.clone())
+        optimizer = METHODS["sam"]([param], BASES[base][0], **BASES[base][1])
+
+        def closure(param=param, real=real):
+            values = torch.view_as_complex(param) if real else param
+            loss = (values.abs() ** 4).sum() + (values * (2 + 1j)).real.sum()
+            loss.backward()
+            return loss
+
+        for _ in range(3):
+            optimizer.step(closure)
+        results.append(param.detach() if real else torch.view_as_real(param.detach()))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-12)
+
+
+# Loss scaling ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["closure", "grads_ready", "two_step"])
+def test_grad_scaler_gives_the_unscaled_steps(build, form):
+    """Regression: peers' defect 5, a second unscale_ raised."""
+    plain, model = make_model(torch.float32), make_model(torch.float32)
+    batch = make_batch(dtype=torch.float32)
+    reference, optimizer = build(plain), build(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+
+    def closure():
+        loss = nn.functional.cross_entropy(model(batch[0]), batch[1])
+        scaler.scale(loss).backward()
+        return loss
+
+    for _ in range(3):
+        reference.step(make_closure(plain, batch))
+        if form == "closure":
+            optimizer.step(closure, grad_scaler=scaler)
+        elif form == "grads_ready":
+            optimizer.zero_grad()
+            closure()
+            optimizer.step(closure, grads_ready=True, grad_scaler=scaler)
+        else:
+            optimizer.zero_grad()
+            closure()
+            optimizer.first_step(zero_grad=True, grad_scaler=scaler)
+            closure()
+            optimizer.second_step(grad_scaler=scaler)
+        scaler.update()
+    assert_bitwise(copies(model), copies(plain))  # a power of two loses no bit
+    assert scaler.get_scale() == 2.0**10
+
+
+@pytest.mark.parametrize("bad_pass", [1, 2])
+def test_grad_scaler_backs_off_after_an_overflow_in_either_pass(build, bad_pass):
+    model = make_model(torch.float32)
+    optimizer, before, calls = build(model, nonfinite="raise"), copies(model), []
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    closure = make_closure(model, make_batch(dtype=torch.float32))
+
+    def overflowing():
+        calls.append(1)
+        loss = scaler.scale(closure())
+        if len(calls) == bad_pass:
+            model[0].bias.grad[0] = float("inf")
+        return loss
+
+    optimizer.step(overflowing, grad_scaler=scaler)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**9
+    assert optimizer.num_skipped == 1
+    assert_bitwise(copies(model), before)
+
+
+def test_disabled_grad_scaler_changes_nothing(build):
+    model, plain = make_model(), make_model()
+    build(model).step(make_closure(model), grad_scaler=torch.amp.GradScaler("cpu", enabled=False))
+    build(plain).step(make_closure(plain))
+    assert_bitwise(copies(model), copies(plain))
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rho": -0.1}, r"^rho must be >= 0, got -0\.1\.$"),
+        ({"rho": float("nan")}, r"^rho must be finite, got nan\.$"),
+        ({"rho": "big"}, r"^rho must be a real number, got 'big'\.$"),
+        ({"eta": -1.0}, r"^eta must be >= 0, got -1\.0\.$"),
+        ({"nonfinite": "ignore"}, r"^nonfinite must be one of 'raise', 'skip', got 'ignore'\.$"),
+        ({"max_grad_norm": 0}, r"^max_grad_norm must be > 0, got 0\.$"),
+        ({"foreach": "yes"}, r"^foreach must be one of None, True, False, got 'yes'\.$"),
+    ],
+)
+def test_bad_options(build, options, message):
+    with pytest.raises(ValueError, match=message):
+        build(make_model(), **options)
+
+
+def test_bad_base_optimizers(method):
+    params = make_model().parameters()
+    with pytest.raises(ValueError, match=r"^base_optimizer must be an optimizer class, e\.g\. torch\.optim"):
+        METHODS[method](params, torch.optim.SGD(make_model().parameters()))
+    with pytest.raises(ValueError, match=r"^base_optimizer must step without a closure, got LBFGS\.$"):
+        METHODS[method](params, torch.optim.LBFGS)
+
+
+def test_bad_group_option(build):
+    with pytest.raises(ValueError, match=r"^rho must be finite, got inf\.$"):
+        build([{"params": make_model().parameters(), "rho": float("inf")}])
+
+
+def test_no_gradient_at_all(build):
+    model = make_model()
+    optimizer = build(model)
+    message = r"^no parameter has a gradient at w: call backward on the loss before the step\.$"
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.first_step()
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.step(lambda: 0.0)
+    before = copies(model)
+    make_closure(model)()
+    optimizer.first_step(zero_grad=True)
+    with pytest.raises(RuntimeError, match=r"^no parameter has a gradient at w \+ perturbation: "):
+        optimizer.second_step()
+    assert_bitwise(copies(model), before)
+
+
+def test_steps_out_of_order(build):
+    model = make_model()
+    optimizer, closure = build(model), make_closure(model)
+    with pytest.raises(RuntimeError, match=r"^second_step needs a first_step before it\.$"):
+        optimizer.second_step()
+    closure()
+    optimizer.first_step()
+    with pytest.raises(RuntimeError, match=r"^first_step was called twice; call second_step, or restore\(\)"):
+        optimizer.first_step()
+
+
+def test_step_without_a_closure(build, base):
+    model, plain = make_model(), make_model()
+    optimizer = build(model)
+    make_closure(model)()
+    with pytest.raises(ValueError, match=r"^closure must be given, got None: the second pass needs it\."):
+        optimizer.step()
+    # On zero gradients the perturbation is zero, and this is how torch.distributed.checkpoint initialises moments.
+    base_optimizer = BASES[base][0](plain.parameters(), **BASES[base][1])
+    for net in (model, plain):
+        for param in net.parameters():
+            param.grad = torch.zeros_like(param)
+    assert optimizer.step(closure=None) is None
+    base_optimizer.step()
+    assert_bitwise(copies(model), copies(plain))
+    assert len(optimizer.state) == len(list(model.parameters()))
+
+
+def test_ascent_context_with_grads_ready(build):
+    model = make_model()
+    with pytest.raises(ValueError, match=r"^ascent_context must be None with grads_ready=True: "):
+        build(model).step(make_closure(model), grads_ready=True, ascent_context=contextlib.nullcontext)
+
+
+def test_sparse_gradients_are_refused(method):
+    layer = nn.Embedding(5, 3, sparse=True)
+    optimizer = METHODS[method](layer.parameters(), torch.optim.SGD, lr=0.1)
+    layer(torch.tensor([1])).sum().backward()
+    message = r"^gradients must be dense, got a torch\.sparse_coo gradient for parameter 0 with shape \[5, 3\]; build"
+    with pytest.raises(ValueError, match=message):
+        optimizer.first_step()

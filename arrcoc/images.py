@@ -81,15 +81,15 @@ def _open(path: Path) -> Image.Image:
     if path.is_dir():
         raise ValueError(f"image must be a file, got the folder {str(path)!r}.")
     try:
-        with warnings.catch_warnings():
+        # a file object, not a name: from a name Pillow 13 maps plain TIFFs into memory and scrambles rotated ones
+        with warnings.catch_warnings(), path.open("rb") as file:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as picture:
-                picture.load()
-                return picture
+            picture = Image.open(file)
+            picture.load()
+            return picture
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        limit = Image.MAX_IMAGE_PIXELS
         raise ValueError(
-            f"image {str(path)!r} has more than {limit} pixels and may be a decompression bomb; "
+            f"image {str(path)!r} has more than {Image.MAX_IMAGE_PIXELS} pixels and may be a decompression bomb; "
             "if you trust it, raise PIL.Image.MAX_IMAGE_PIXELS or pass a smaller copy."
         ) from error
     except UnidentifiedImageError as error:

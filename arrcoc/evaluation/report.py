@@ -109,6 +109,7 @@ def plot(report: BenchmarkReport, path: str | os.PathLike[str]) -> None:
                     ha="center",
                     fontsize=9,
                     color=colour,
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},  # over the grid lines
                 )
         lasts[method] = heights[-1]
 

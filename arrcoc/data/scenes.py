@@ -5,18 +5,16 @@ Axes: Q queries, H and W picture height and width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageFilter
 
 from arrcoc.data.backgrounds import sample_background, visible_colours
-from arrcoc.data.masks import Mask, Picture
+from arrcoc.data.layout import cast_shadow, draw, place
+from arrcoc.data.masks import Picture
 from arrcoc.data.sample import RelevanceDataset, RelevanceSample
-from arrcoc.data.shapes import MAX_TURN, paint, rasterize
 from arrcoc.data.vocabulary import PAIRS, PATTERNS, SIZES, SPLITS, Description
 
 MAX_QUERIES = 8
@@ -37,27 +35,17 @@ _KINDS: dict[tuple[str, ...], float] = {
 }
 _ARTICLES = ("the", "a", "")
 
-_LEAST_VISIBLE = 0.65  # share of a thing that others may not cover
-_TRIES = 25
-
 Pairs = tuple[tuple[str, str], ...]
 
 
-@dataclass(frozen=True, eq=False)
-class _Placed:
-    """A thing, its coverage and mask in a square whose upper left corner is at (top, left)."""
+class _Scene(NamedTuple):
+    """A picture [H, W, 3], its things from the bottom up, whose each pixel is (-1: nobody's), and what is asked."""
 
-    thing: Description
-    coverage: Picture
-    mask: Mask
-    turn: float
-    top: int
-    left: int
-
-    @property
-    def box(self) -> tuple[slice, slice]:
-        size = len(self.mask)
-        return slice(self.top, self.top + size), slice(self.left, self.left + size)
+    picture: Picture
+    things: list[Description]
+    owners: NDArray[np.int8]
+    queries: list[Description]
+    phrases: tuple[str, ...]
 
 
 def _pick(rng: np.random.Generator, options: Any) -> Any:
@@ -84,74 +72,6 @@ def _sample_things(rng: np.random.Generator, target: Pairs, train: Pairs, held_o
             pairs = train
         things.append(_sample_thing(rng, pairs, things, 0.6))
     return [things[number] for number in rng.permutation(len(things))]
-
-
-def _place(
-    rng: np.random.Generator, things: list[Description], owners: NDArray[np.int8], side: int
-) -> list[_Placed] | None:
-    """Lay the things on the picture, later ones on top; ``owners`` [H, W] becomes who is seen where, -1 for nobody.
-
-    Things of one colour stay apart, and of each at least ``_LEAST_VISIBLE`` stays visible. None if one finds no place.
-    """
-    placed: list[_Placed] = []
-    areas: list[int] = []
-    for number, thing in enumerate(things):
-        assert thing.shape and thing.size
-        max_turn = MAX_TURN.get(thing.shape, 180)
-        turn = rng.uniform(-max_turn, max_turn)
-        coverage, mask = rasterize(thing.shape, rng.uniform(*SIZES[thing.size]) * side, turn)
-        size = len(mask)
-        for _ in range(_TRIES):
-            top, left = (int(rng.integers(length - size + 1)) for length in owners.shape)
-            candidate = _Placed(thing, coverage, mask, turn, top, left)
-            if all(_compatible(candidate, other) for other in placed):
-                view = owners[candidate.box]
-                hidden = np.bincount(view[mask] + 1, minlength=number + 1)[1:]
-                visible = np.bincount(owners.ravel() + 1, minlength=number + 1)[1:] if hidden.any() else areas
-                if all(v - h >= _LEAST_VISIBLE * a for v, h, a in zip(visible, hidden, areas, strict=True)):
-                    break
-        else:
-            return None
-        view[mask] = number
-        placed.append(candidate)
-        areas.append(int(mask.sum()))
-    return placed
-
-
-def _compatible(one: _Placed, other: _Placed) -> bool:
-    """Whether two things differ in colour or their squares do not touch."""
-    if one.thing.colour != other.thing.colour:
-        return True
-    reach = (len(one.mask), len(other.mask))
-    vertical = one.top > other.top + reach[1] or other.top > one.top + reach[0]
-    horizontal = one.left > other.left + reach[1] or other.left > one.left + reach[0]
-    return vertical or horizontal
-
-
-def _cast_shadow(rng: np.random.Generator, picture: Picture, owners: NDArray[np.int8]) -> None:
-    """Darken the background softly beside the things, in place."""
-    height, width = owners.shape
-    side = min(height, width)
-    shift = rng.uniform(-0.012, 0.012) * side, rng.uniform(0.004, 0.016) * side
-    shadow = Image.fromarray((owners >= 0).astype(np.uint8) * 255).reduce(4)
-    shadow = shadow.filter(ImageFilter.GaussianBlur(side / 250))
-    box = (-shift[0] / 4, -shift[1] / 4)
-    shadow = shadow.transform(shadow.size, Image.Transform.AFFINE, (1, 0, box[0], 0, 1, box[1]))
-    full = np.asarray(shadow.resize((width, height), Image.Resampling.BILINEAR), dtype=np.float32)
-    picture *= 1 - full[..., None] * np.float32(0.4 / 255)
-
-
-def _draw(rng: np.random.Generator, picture: Picture, placed: list[_Placed], side: int) -> None:
-    """Paint the things onto the picture, in place."""
-    for item in placed:
-        assert item.thing.colour and item.thing.pattern
-        size = len(item.mask)
-        period = max(0.2 * size, 0.028 * side)
-        colours = paint(item.thing.colour, item.thing.pattern, size, item.turn + 45, period)
-        # Light from above: a little brighter at the top, a little darker at the bottom; and no two reds are the same.
-        light = np.linspace(1.05, 0.92, size, dtype=np.float32)[:, None, None] * np.float32(rng.uniform(0.95, 1.04))
-        view = picture[item.box]
-        view += item.coverage[..., None] * (np.minimum(colours * light, 1) - view)
 
 
 def _sample_queries(
@@ -238,8 +158,27 @@ class Scenes(RelevanceDataset):
     def __len__(self) -> int:
         return self.num_scenes
 
+    def describe(self, index: int) -> tuple[Description, ...]:
+        """The things in scene number ``index``, from the bottom up."""
+        return tuple(self._compose(index).things)
+
     def make_sample(self, index: int) -> RelevanceSample:
         """Draw scene number ``index``."""
+        scene = self._compose(index)
+        visible = [scene.owners == number for number in range(len(scene.things))]
+        masks = np.zeros((self.num_queries, *self.size), dtype=np.bool_)
+        for mask, query in zip(masks, scene.queries, strict=True):
+            for thing, pixels in zip(scene.things, visible, strict=True):
+                if query.matches(thing):
+                    mask |= pixels
+        return RelevanceSample(
+            image=torch.from_numpy(np.ascontiguousarray(scene.picture.transpose(2, 0, 1))).clamp_(0, 1),
+            queries=scene.phrases,
+            masks=torch.from_numpy(masks),
+            name=f"scene-{self.split}-{self.seed}-{index:06d}",
+        )
+
+    def _compose(self, index: int) -> _Scene:
         rng = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
         held_out = self.split != "train"
         side = min(self.size)
@@ -251,20 +190,10 @@ class Scenes(RelevanceDataset):
         while placed is None:
             things = _sample_things(rng, pairs, train, held_out)
             owners = np.full(self.size, -1, dtype=np.int8)
-            placed = _place(rng, things, owners, side)
-        _cast_shadow(rng, picture, owners)
-        _draw(rng, picture, placed, side)
+            placed = place(rng, things, owners, side)
+        cast_shadow(rng, picture, owners)
+        draw(rng, picture, placed, side)
 
         queries = _sample_queries(rng, things, pairs, held_out, self.num_queries, self.absent_share)
-        visible = [owners == number for number in range(len(things))]
-        masks = np.zeros((len(queries), *self.size), dtype=np.bool_)
-        for mask, query in zip(masks, queries, strict=True):
-            for thing, pixels in zip(things, visible, strict=True):
-                if query.matches(thing):
-                    mask |= pixels
-        return RelevanceSample(
-            image=torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1))).clamp_(0, 1),
-            queries=tuple(query.phrase(_pick(rng, _ARTICLES)) for query in queries),
-            masks=torch.from_numpy(masks),
-            name=f"scene-{self.split}-{self.seed}-{index:06d}",
-        )
+        phrases = tuple(query.phrase(_pick(rng, _ARTICLES)) for query in queries)
+        return _Scene(picture, things, owners, queries, phrases)

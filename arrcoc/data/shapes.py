@@ -120,10 +120,10 @@ def paint(colour: str, pattern: str, size: int, turn: float, period: float) -> P
     x, y = axis[None, :], axis[:, None]
     u = np.cos(x * np.float32(np.cos(angle)) + y * np.float32(np.sin(angle)))
     if pattern == "striped":
-        level = u + 0.1
+        level = u - 0.1
     else:
         v = np.cos(y * np.float32(np.cos(angle)) - x * np.float32(np.sin(angle)))
-        level = u * v if pattern == "checkered" else u + v - 0.75
+        level = u * v - 0.02 if pattern == "checkered" else u + v - 0.75
     # The level crosses 0 with a slope of about 2 pi / period a pixel: this blends base and ink over one pixel.
     share: Picture = np.clip(0.5 + level * np.float32(period / (2 * np.pi)), 0, 1).astype(np.float32)
     return base + share[..., None] * (ink - base)

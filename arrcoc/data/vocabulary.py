@@ -13,9 +13,9 @@ Colour = tuple[float, float, float]
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "ring", "cross", "hexagon", "crescent", "arrow")
 
-# name -> (the colour, the ink of its patterns), sRGB from 0 to 255. No other colour is nearer to an ink than its own.
+# name -> (the colour, the ink of its patterns), sRGB from 0 to 255. An ink is a lighter or darker shade of its colour.
 COLOURS: dict[str, tuple[Colour, Colour]] = {
-    "red": ((218, 32, 38), (132, 8, 18)),
+    "red": ((218, 32, 38), (148, 4, 16)),
     "orange": ((246, 130, 22), (255, 186, 110)),
     "yellow": ((252, 216, 40), (204, 164, 10)),
     "green": ((34, 156, 68), (128, 214, 138)),

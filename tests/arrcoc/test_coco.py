@@ -1,0 +1,365 @@
+"""COCO folders: decoding against pycocotools, queries and masks, and an answer to everything that can be broken."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as pycoco
+
+from arrcoc.data.coco import CocoFolder, mentions
+from arrcoc.data.masks import decode_run_lengths, decode_segmentation, fill_polygons, uncompress_counts
+from arrcoc.data.splits import split_by_image
+
+HEIGHT, WIDTH = 40, 60
+
+
+def box(left: float, top: float, right: float, bottom: float) -> list[list[float]]:
+    return [[left, top, right, top, right, bottom, left, bottom]]
+
+
+def make_folder(root: Path, **changes: Any) -> Path:
+    """Two pictures: a dog and two cats (one a crowd) in the first, a bus in the second."""
+    (root / "images").mkdir()
+    rng = np.random.default_rng(0)
+    for name in ("one.png", "two.png"):
+        Image.fromarray(rng.integers(256, size=(HEIGHT, WIDTH, 3), dtype=np.uint8)).save(root / "images" / name)
+    crowd = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
+    crowd[30:40, 40:60] = 1
+    changed = np.flatnonzero(np.diff(np.concatenate([[0], crowd.T.ravel(), [0]])))
+    runs = np.diff(np.concatenate([[0], changed, [crowd.size]])).tolist()
+    coco = {
+        "images": [
+            {"id": 1, "file_name": "one.png", "height": HEIGHT, "width": WIDTH},
+            {"id": "b", "file_name": "two.png", "height": HEIGHT, "width": WIDTH},
+        ],
+        "categories": [{"id": number, "name": name} for number, name in enumerate(["dog", "cat", "bus", "cherry"])],
+        "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 0, "segmentation": box(0, 0, 30, 20)},
+            {"id": 2, "image_id": 1, "category_id": 1, "segmentation": box(30, 0, 60, 10)},
+            {
+                "id": 3,
+                "image_id": 1,
+                "category_id": 1,
+                "segmentation": {"size": [HEIGHT, WIDTH], "counts": runs},
+                "iscrowd": 1,
+            },
+            {"id": 4, "image_id": "b", "category_id": 2, "segmentation": box(10, 10, 50, 30)},
+        ],
+        **changes,
+    }
+    (root / "instances.json").write_text(json.dumps(coco))
+    return root
+
+
+def expected_masks() -> dict[str, torch.Tensor]:
+    masks = {name: torch.zeros(HEIGHT, WIDTH, dtype=torch.bool) for name in ("dog", "cat", "bus")}
+    masks["dog"][:20, :30] = True
+    masks["cat"][:10, 30:] = True
+    masks["cat"][30:, 40:] = True
+    masks["bus"][10:30, 10:50] = True
+    return masks
+
+
+# Decoding
+
+
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.5, 0.97, 1.0])
+@pytest.mark.parametrize("size", [(1, 1), (13, 29), (64, 200)])
+def test_run_lengths_are_those_of_pycocotools(size: tuple[int, int], density: float) -> None:
+    mask = np.random.default_rng(0).random(size) < density
+    encoded = pycoco.encode(np.asfortranarray(mask.astype(np.uint8)))
+    text = encoded["counts"].decode()
+    np.testing.assert_array_equal(decode_run_lengths(text, *size), mask)
+    np.testing.assert_array_equal(decode_run_lengths(uncompress_counts(text), *size), mask)
+    assert pycoco.frPyObjects({"size": list(size), "counts": uncompress_counts(text)}, *size) == encoded
+
+
+def test_long_run_lengths() -> None:
+    mask = np.zeros((1500, 2000), dtype=bool)
+    mask[:, 1:900] = True
+    mask[700:, 1950] = True
+    text = pycoco.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
+    np.testing.assert_array_equal(decode_run_lengths(text, 1500, 2000), mask)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside pycocotools
+@pytest.mark.parametrize("seed", range(5))
+def test_polygons_agree_with_pycocotools(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    angles = np.sort(rng.uniform(0, 2 * np.pi, 15))
+    radii = rng.uniform(40, 90, 15)
+    polygon = np.stack([100 + radii * np.cos(angles), 110 + radii * np.sin(angles)], axis=1).ravel().tolist()
+    island = [1.5, 2.5, 31.0, 5.0, 20.0, 33.0]
+    ours = decode_segmentation([polygon, island], 220, 200)
+    theirs = pycoco.decode(pycoco.merge(pycoco.frPyObjects([polygon, island], 220, 200))).astype(bool)
+    assert (ours & theirs).sum() / (ours | theirs).sum() > 0.97
+
+
+def test_polygons_are_cut_at_the_border() -> None:
+    triangle = np.array([[-50.0, -50.0], [200.0, 10.0], [10.0, 200.0]])
+    whole = fill_polygons([triangle + 50], 300, 300)
+    np.testing.assert_array_equal(fill_polygons([triangle], 40, 60), whole[50:90, 50:110])
+    assert not fill_polygons([triangle + 500], 40, 60).any()
+
+
+def test_pixel_centres_decide() -> None:
+    mask = fill_polygons([np.array([[0.6, 0.4], [2.4, 0.4], [2.4, 1.6], [0.6, 1.6]])], 3, 4)
+    np.testing.assert_array_equal(mask, [[0, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "message"),
+    [
+        ([], r"segmentation must be polygons or run lengths, got \[\]"),
+        (None, r"segmentation must be polygons or run lengths, got None"),
+        ([[1, 2, 3, 4]], r"a polygon must be .* at least 3 points, got \[1, 2, 3, 4\]"),
+        ([[1, 2, 3, 4, 5, 6, 7]], r"a polygon must be"),
+        ([[1, 2, 3, float("nan"), 5, 6]], r"a polygon's coordinates must be finite"),
+        ({"size": [4, 6], "counts": [20, 5]}, r"run lengths must be >= 0 and sum to 4 \* 6 = 24, got 25"),
+        ({"size": [4, 6], "counts": [30, -6]}, r"run lengths must be >= 0 and sum"),
+        ({"size": [6, 4], "counts": [24]}, r"run-length size must be \[4, 6\], as the picture, got \[6, 4\]"),
+        ({"size": [4, 6]}, r"run-length counts must be a list or a string, got None"),
+        ({"size": [4, 6], "counts": "0!"}, r"run-length string has the character '!', outside '0' to 'o'"),
+        ({"size": [4, 6], "counts": "P"}, r"run-length string ends inside a number"),
+    ],
+)
+def test_broken_segmentations(segmentation: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        decode_segmentation(segmentation, 4, 6)
+
+
+# Queries and masks
+
+
+def test_categories_are_queries_and_their_masks_are_united(tmp_path: Path) -> None:
+    folder = CocoFolder(make_folder(tmp_path))
+    assert [(sample.name, sample.queries) for sample in folder] == [("one.png", ("cat", "dog")), ("two.png", ("bus",))]
+    masks = expected_masks()
+    torch.testing.assert_close(folder[0].masks, torch.stack([masks["cat"], masks["dog"]]))
+    torch.testing.assert_close(folder[1].masks[0], masks["bus"])
+    pixels = np.asarray(Image.open(tmp_path / "images" / "two.png"))
+    np.testing.assert_array_equal((folder[1].image * 255).round().byte().permute(1, 2, 0).numpy(), pixels)
+
+
+def test_coverage_limits(tmp_path: Path) -> None:
+    make_folder(tmp_path)  # dog .25, cat .2083, bus .3333
+    assert [sample.queries for sample in CocoFolder(tmp_path, min_coverage=0.22)] == [("dog",), ("bus",)]
+    assert [sample.queries for sample in CocoFolder(tmp_path, max_coverage=0.25)] == [("cat", "dog")]
+
+
+def test_captions_ask_for_what_they_mention(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    captions = [(1, "A dog beside CATS."), (1, "Two dogs"), (1, "A dogma"), (1, "A bus"), ("b", "Busses and buses")]
+    content = {"annotations": [{"image_id": number, "caption": caption} for number, caption in captions]}
+    (tmp_path / "captions.json").write_text(json.dumps(content))
+    folder = CocoFolder(tmp_path, queries="captions")
+    assert [sample.queries for sample in folder] == [("A dog beside CATS.", "Two dogs"), ("Busses and buses",)]
+    assert folder.num_captions_left_out == 2
+    masks = expected_masks()
+    torch.testing.assert_close(folder[0].masks, torch.stack([masks["dog"] | masks["cat"], masks["dog"]]))
+
+
+@pytest.mark.parametrize(
+    ("caption", "name", "expected"),
+    [
+        ("Hot dogs!", "hot dog", True),
+        ("a bowl of cherries", "cherry", True),
+        ("a cherry-red car", "cherry", True),
+        ("scattered", "cat", False),
+        ("benches", "bench", True),
+        ("a concert", "cone", False),
+    ],
+)
+def test_mentions(caption: str, name: str, expected: bool) -> None:
+    assert mentions(caption, name) is expected
+
+
+def test_absent_queries_name_what_is_not_there(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    folder = CocoFolder(tmp_path, absent_queries=1, min_coverage=0.22)
+    for sample, present in zip(folder, ("dog", "bus"), strict=True):
+        assert sample.queries[0] == present and len(sample.queries) == 2
+        assert not sample.masks[1].any()
+    assert folder[0].queries[1] in ("bus", "cherry")  # never the cat, which is there though too small to ask for
+    assert [sample.queries for sample in CocoFolder(tmp_path, absent_queries=1, min_coverage=0.22)] == [
+        sample.queries for sample in folder
+    ]
+    assert set(CocoFolder(tmp_path, absent_queries=9)[1].queries) == {"bus", "dog", "cat", "cherry"}
+
+
+def test_the_usual_coco_layout(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "instances.json").rename(tmp_path / "annotations" / "instances_val2017.json")
+    assert len(CocoFolder(tmp_path)) == 2
+    (tmp_path / "annotations" / "instances_train2017.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"exactly one .*\(found: instances_train2017.json, instances_val2017"):
+        CocoFolder(tmp_path)
+
+
+def test_limit_and_split(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    assert [sample.name for sample in CocoFolder(tmp_path, limit=1)] == ["one.png"]
+    parts = [[sample.name for sample in CocoFolder(tmp_path, split=split, val_share=0.5)] for split in ("train", "val")]
+    assert sorted(itertools.chain(*parts)) == ["one.png", "two.png"]
+    expected = split_by_image(["one.png", "two.png"], {"train": 0.5, "val": 0.5})
+    assert parts == [expected["train"], expected["val"]]
+
+
+def test_rotation_in_exif_is_not_applied(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    path = tmp_path / "images" / "one.png"
+    image = Image.open(path)
+    exif = image.getexif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    image.save(path, exif=exif)
+    assert CocoFolder(tmp_path)[0].image.shape == (3, HEIGHT, WIDTH)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK"])
+def test_pictures_of_any_kind(tmp_path: Path, mode: str) -> None:
+    make_folder(tmp_path)
+    path = tmp_path / "images" / "one.png"
+    Image.open(path).convert(mode).save(path, format="TIFF")
+    assert CocoFolder(tmp_path)[0].image.shape == (3, HEIGHT, WIDTH)
+
+
+# Splits
+
+
+def test_splits_share_out_names_and_do_not_move() -> None:
+    names = [f"{number:06d}.jpg" for number in range(4000)]
+    shares = {"train": 0.7, "val": 0.2, "test": 0.1}
+    splits = split_by_image(names, shares)
+    assert sorted(itertools.chain(*splits.values())) == names
+    for split, share in shares.items():
+        assert abs(len(splits[split]) / 4000 - share) < 0.03
+    half = split_by_image(names[::2], shares)
+    assert all(set(half[split]) <= set(splits[split]) for split in shares)
+    assert split_by_image(names, shares, seed=1) != splits
+    assert split_by_image(["a.jpg", "b.jpg", "c.jpg"], {"train": 0.5, "val": 0.5}) == {
+        "train": ["c.jpg"],
+        "val": ["a.jpg", "b.jpg"],
+    }
+
+
+@pytest.mark.parametrize("shares", [{}, {"train": 0.5, "val": 0.4}, {"train": 1.2, "val": -0.2}])
+def test_wrong_shares(shares: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"shares must be > 0 and sum to 1, got \{"):
+        split_by_image(["a"], shares)
+
+
+# What can be broken
+
+
+BOX = box(0, 0, 30, 20)
+
+
+@pytest.mark.parametrize(
+    ("annotation", "name", "message"),
+    [
+        ({"id": 7, "image_id": 5, "category_id": 0, "segmentation": BOX}, "annotation 7", "image_id 5 is not among"),
+        (
+            {"image_id": 1, "category_id": 9, "segmentation": BOX},
+            "one.png",
+            "category_id 9 is not among",
+        ),
+        (
+            {"image_id": 1, "category_id": 0, "segmentation": {"size": [HEIGHT, WIDTH], "counts": [2399]}},
+            "one.png",
+            r"run lengths must be >= 0 and sum to 40 \* 60 = 2400, got 2399",
+        ),
+    ],
+)
+def test_broken_annotations(tmp_path: Path, annotation: dict[str, Any], name: str, message: str) -> None:
+    bus = {"image_id": "b", "category_id": 2, "segmentation": box(10, 10, 50, 30)}
+    make_folder(tmp_path, annotations=[bus, annotation])
+    with pytest.raises(ValueError, match=f"{name}: {message}"):
+        CocoFolder(tmp_path)
+    folder = CocoFolder(tmp_path, on_error="skip")
+    assert [sample.name for sample in folder] == ["two.png"]
+    assert [broken for broken, _ in folder.skipped] == [name]
+
+
+def test_picture_of_another_size(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    Image.new("RGB", (WIDTH, HEIGHT + 1)).save(tmp_path / "images" / "one.png")
+    with pytest.raises(ValueError, match=r"one.png: the picture has .* \(41, 60\), annotated is \(40, 60\)"):
+        CocoFolder(tmp_path)
+    folder = CocoFolder(tmp_path, on_error="skip")
+    assert len(folder) == 1 and folder.skipped[0][0] == "one.png"
+
+
+def test_missing_picture(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    (tmp_path / "images" / "two.png").unlink()
+    with pytest.raises(ValueError, match=r"two\.png: .*No such file"):
+        CocoFolder(tmp_path)
+    assert CocoFolder(tmp_path, on_error="skip").skipped[0][0] == "two.png"
+
+
+def test_truncated_picture_is_an_error_when_it_is_read(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    path = tmp_path / "images" / "one.png"
+    path.write_bytes(path.read_bytes()[:2000])
+    folder = CocoFolder(tmp_path)
+    with pytest.raises(ValueError, match=r"cannot read the pixels of '.*one\.png'"):
+        folder[0]
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"path must be a folder with images/ in it, got '.*nowhere'"):
+        CocoFolder(tmp_path / "nowhere")
+    make_folder(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no captions file: looked for .*captions\.json .*\(found: none\)"):
+        CocoFolder(tmp_path, queries="captions")
+    (tmp_path / "instances.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no instances file: looked for .*instances\.json and for exactly one"):
+        CocoFolder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"categories": None}, r"must have the lists images, annotations, categories; categories is missing"),
+        ({"categories": [{"id": 3}]}, r"each of categories must have id, name, got \{'id': 3\}"),
+        (
+            {"images": [{"id": 1, "file_name": "a", "height": 1, "width": 1}] * 2},
+            r"image ids must differ, got 2",
+        ),
+    ],
+)
+def test_not_in_coco_format(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CocoFolder(make_folder(tmp_path, **changes))
+
+
+def test_not_json(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    (tmp_path / "instances.json").write_text("{")
+    with pytest.raises(ValueError, match=r"instances\.json is not JSON"):
+        CocoFolder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"queries": "words"}, r'queries must be "categories" or "captions", got \'words\''),
+        ({"split": "dev"}, r'split must be "train", "val" or None, got \'dev\''),
+        ({"val_share": 0.0}, r"val_share must be in \(0, 1\), got 0\.0"),
+        ({"limit": 0}, r"limit must be >= 1 or None, got 0"),
+        ({"min_coverage": 0.7}, r"0 <= min_coverage <= max_coverage <= 1 must hold, got 0\.7 and 0\.6"),
+        ({"absent_queries": -1}, r"absent_queries must be >= 0, got -1"),
+        ({"on_error": "ignore"}, r'on_error must be "raise" or "skip", got \'ignore\''),
+    ],
+)
+def test_wrong_arguments(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CocoFolder(tmp_path, **arguments)

@@ -87,11 +87,13 @@ def compute_perturbation(
         rule.stretch(group_grads, group_params, foreach)
         for rule, group_grads, group_params in zip(rules, grads, params, strict=True)
     ]
-    length = float(_tensors.norm([tensor for tensors in stretched for tensor in tensors], foreach=foreach))
+    together = [tensor for tensors in stretched for tensor in tensors]
+    length = float(_tensors.norm(together, foreach=foreach))
+    # A subnormal length would make rho / length infinite in the tensors' dtype, and infinity times zero is NaN.
+    limit = min((torch.finfo(torch.promote_types(t.dtype, torch.float32)).max for t in together), default=0.0)
 
     def factor(rule: L2Ascent) -> float:
-        # A subnormal length would make rho / length infinite in float32, and infinity times zero is NaN.
-        size = min(rule.rho / length, torch.finfo(torch.float32).max) if length != 0 else 0.0
+        size = min(rule.rho / length, limit) if length != 0 else 0.0
         return -size if rule.maximize else size
 
     return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 import subprocess
 import sys
@@ -13,44 +14,48 @@ import torch
 from sam_cases import BASES, METHODS, assert_bitwise, copies, make_closure, make_model
 from torch import nn
 
+import sam_core
 from sam_core import SAM, TwoPassOptimizer
 
 RESUME = """
 import sys
+
+path, *folders = sys.argv[1:]
+sys.path[:0] = folders
 import torch
 from sam_cases import BASES, METHODS, make_closure, make_model
 
-method, base, path = sys.argv[1:]
-saved = torch.load(path, weights_only=True)
-model = make_model()
-optimizer = METHODS[method](model.parameters(), BASES[base][0], lr=123.0)
-model.load_state_dict(saved["model"])
-optimizer.load_state_dict(saved["optimizer"])
-for _ in range(3):
-    optimizer.step(make_closure(model))
-torch.save(model.state_dict(), path)
+checkpoints = torch.load(path, weights_only=True)
+for (method, base), (model_state, optimizer_state) in checkpoints.items():
+    model = make_model()
+    optimizer = METHODS[method](model.parameters(), BASES[base][0], lr=123.0)
+    model.load_state_dict(model_state)
+    optimizer.load_state_dict(optimizer_state)
+    for _ in range(3):
+        optimizer.step(make_closure(model))
+    checkpoints[method, base] = model.state_dict()
+torch.save(checkpoints, path)
 """
 
 
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("method", METHODS)
-def test_resume_in_a_fresh_process_is_exact(method, base, tmp_path):
+def test_resume_in_a_fresh_process_is_exact(tmp_path):
     """Regression: peers' defect 1, the base optimizer's moments were lost."""
-    model = make_model()
-    optimizer = METHODS[method](model.parameters(), BASES[base][0], **BASES[base][1])
-    for _ in range(2):
-        optimizer.step(make_closure(model))
-    path = tmp_path / "checkpoint.pt"
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
-    for _ in range(3):
-        optimizer.step(make_closure(model))
-
-    here = Path(__file__).parent
-    root = str(Path(sys.modules["sam_core"].__file__).parents[1])
-    code = f"import sys; sys.path[:0] = {[str(here), root]!r}\n{RESUME}"
-    subprocess.run([sys.executable, "-c", code, method, base, str(path)], check=True, timeout=120)
+    models, checkpoints, path = {}, {}, tmp_path / "checkpoints.pt"
+    for case in itertools.product(METHODS, BASES):
+        method, base = case
+        models[case] = make_model()
+        optimizer = METHODS[method](models[case].parameters(), BASES[base][0], **BASES[base][1])
+        for _ in range(2):
+            optimizer.step(make_closure(models[case]))
+        checkpoints[case] = copy.deepcopy((models[case].state_dict(), optimizer.state_dict()))
+        for _ in range(3):
+            optimizer.step(make_closure(models[case]))
+    torch.save(checkpoints, path)
+    folders = [str(Path(__file__).parent), str(Path(sam_core.__file__).parents[1])]
+    subprocess.run([sys.executable, "-c", RESUME, str(path), *folders], check=True, timeout=120)
     resumed = torch.load(path, weights_only=True)
-    assert_bitwise(list(resumed.values()), copies(model))
+    for case, model in models.items():
+        assert_bitwise(list(resumed[case].values()), copies(model))
 
 
 @pytest.mark.parametrize("base", BASES)

@@ -157,6 +157,7 @@ def test_closure_runs_with_gradients_cleared_and_enabled(build):
 
 
 def test_second_step_restores_in_place(build):
+    """Regression: peers' defect 3, the storage of the weights was swapped."""
     model = make_model()
     optimizer, closure = build(model, lr=0.0, weight_decay=0.0), make_closure(model)
     before, pointers = copies(model), [p.data_ptr() for p in model.parameters()]
@@ -198,6 +199,7 @@ def test_restore_gives_a_step_up(build):
 
 
 def test_gradient_in_only_one_pass(build):
+    """Regression: peers' defect 2, weights stayed perturbed or a KeyError came."""
     first, second, both = (nn.Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(3))
     optimizer = build([first, second, both], lr=0.0, weight_decay=0.0)
     calls = []

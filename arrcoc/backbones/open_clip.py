@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from arrcoc.backbones.base import Backbone
-from arrcoc.backbones.open_clip_towers import ConvolutionalTower, find_tower
+from arrcoc.backbones.open_clip_towers import ConvolutionalTower, check_config, find_tower
 
 MODES = ("raw",)
 _CONVOLUTIONAL_TOKENS_PER_SIDE = 14  # 448 px at stride 32: what average-pooled towers see best of small things
@@ -121,7 +121,8 @@ def load_pretrained(name_and_weights: str, *, spec: str, mode: str | None = None
     decides, so weights of OpenAI, MetaCLIP and DFN need the ``-quickgelu`` variant of the name.
 
     Raises:
-        ValueError: if the name, the tag or the file is unknown (close names are listed), or the weights do not fit.
+        ValueError: if the name, the tag or the file is unknown (close names are listed), the tower is not supported, or
+            the weights do not fit.
         ConnectionError: if the weights are not on this machine and cannot be downloaded.
     """
     with _quiet():
@@ -146,6 +147,7 @@ def load_pretrained(name_and_weights: str, *, spec: str, mode: str | None = None
         shared = [open_clip.get_pretrained_cfg(name, tag) for tag in tags]
         config = {key: shared[0][key] for key in ("mean", "std") if len({cfg[key] for cfg in shared}) == 1}
         return _build(name, weights, spec=spec, mode=mode, source=weights, preprocess=config)
+    check_config(name, open_clip.get_model_config(name)["vision_cfg"])
     try:
         with _quiet():
             file = open_clip.download_pretrained(config)

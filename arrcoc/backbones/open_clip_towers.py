@@ -51,6 +51,20 @@ def find_tower(visual: nn.Module) -> Tower:
     raise ValueError(f"image tower {type(visual).__name__} is not supported. {_SUPPORTED}")
 
 
+def check_config(name: str, vision: dict[str, Any]) -> None:
+    """Refuse early, before gigabytes are fetched, what a configuration already shows `find_tower` will refuse.
+
+    Raises:
+        ValueError: if the tower pools by attention or by a class token of timm's, or is a CLIP ResNet.
+    """
+    if "timm_model_name" in vision:
+        refused = (vision.get("timm_pool") or "avg") not in ("avg", "fast", "fastavg")
+    else:
+        refused = bool(vision.get("attentional_pool")) or isinstance(vision.get("layers"), list)
+    if refused:
+        raise ValueError(f"image tower of {name!r} is not supported. {_SUPPORTED}")
+
+
 class ConvolutionalTower:
     """Tokens of an average-pooled timm tower: head(features at cell i); pooled = head(mean over cells of features).
 

@@ -242,7 +242,7 @@ def test_input_size(backbone: Backbone) -> None:
     (rows, columns), side = backbone.stride, backbone.tokens_per_side
     assert backbone.input_size(480, 480) == (side * rows, side * columns)
     for height, width in [(300, 500), (500, 300), (1, 1000), (1000, 1), (7, 7)]:
-        for scale in (0.5, 0.7, 1.0, 1.4, 2.0):
+        for scale in (0.5, 0.625, 0.7, 0.75, 1.0, 1.4, 2.0):
             size = backbone.input_size(height, width, scale)
             grid = (size[0] / rows, size[1] / columns)
             longest = max(1, int(side * scale + 0.5))  # halves up

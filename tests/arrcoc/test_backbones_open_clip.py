@@ -18,6 +18,7 @@ from test_backbones import CONVOLUTION, VIT, build_model, write_folder
 from torch import Tensor, nn
 
 from arrcoc.backbones import OpenClipBackbone, load_backbone
+from arrcoc.backbones.open_clip_towers import check_config
 
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
@@ -170,6 +171,18 @@ def test_a_tokenizer_of_another_model_is_refused() -> None:
 def test_towers_that_are_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         wrap(config)
+
+
+@pytest.mark.parametrize("rest", ["ViT-B-16-SigLIP/webli", "RN50/openai", "coca_ViT-B-32/laion2b_s13b_b90k"])
+def test_towers_are_refused_before_their_weights_are_fetched(rest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(open_clip, "download_pretrained", lambda _: pytest.fail("asked for the weights"))
+    with pytest.raises(ValueError, match=rf"image tower of '{rest.partition('/')[0]}' is not supported. Towers that w"):
+        load_backbone(f"open_clip:{rest}")
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-L-14-CLIPA", "roberta-ViT-B-32", "convnext_base_w", "MobileCLIP-S1"])
+def test_supported_architectures_are_not_refused_early(name: str) -> None:
+    check_config(name, open_clip.get_model_config(name)["vision_cfg"])
 
 
 def test_a_model_in_training_mode_is_refused() -> None:

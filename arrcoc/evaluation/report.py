@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -172,7 +173,10 @@ def _kept(report: BenchmarkReport, condition: str) -> tuple[float, float]:
 
 def _number(value: float) -> str:
     """Three digits without the zero: .408, -.012, 1.000; a dash for nan."""
-    return "-" if math.isnan(value) else f"{value:.3f}".replace("0.", ".", 1)
+    if math.isnan(value):
+        return "-"
+    text = f"{round(value, 3) + 0.0:.3f}"  # + 0.0: no -.000
+    return re.sub(r"^(-?)0\.", r"\1.", text)
 
 
 def _table(rows: Sequence[Sequence[str]], markdown: bool) -> str:

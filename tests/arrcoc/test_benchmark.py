@@ -15,7 +15,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from arrcoc.data.sample import RelevanceSample
 from arrcoc.evaluation import CONDITIONS, METHODS, BenchmarkReport, evaluate, format_table, plot, save_report
-from arrcoc.evaluation.report import _spread
+from arrcoc.evaluation.report import _number, _spread
 from arrcoc.images import to_tensor
 from arrcoc.tokens import VisualTokens
 
@@ -237,6 +237,17 @@ def test_plot_takes_one_condition_and_no_pyplot(tmp_path) -> None:
     plot(evaluate(ColourScorer(), [_scene(0, colours=())], conditions=("clean", "blur")), tmp_path / "absent.png")
     assert (tmp_path / "one.png").stat().st_size > 10_000
     assert had_pyplot or "matplotlib.pyplot" not in sys.modules
+
+
+def test_numbers_have_three_digits() -> None:
+    assert list(map(_number, (0.4081, -0.0121, 1.0, -1e-5, 10.0, math.nan))) == [
+        ".408",
+        "-.012",
+        "1.000",
+        ".000",
+        "10.000",
+        "-",
+    ]
 
 
 def test_labels_keep_their_distance() -> None:

@@ -1,6 +1,6 @@
 """Backgrounds of drawn scenes: plain, gradient, noise, or cut from a photographic texture; and what stands out on them.
 
-Axes: H and W picture height and width. Pictures are float32 arrays [H, W, 3], sRGB in [0, 1].
+Axes: H and W picture height and width. Pictures are float32 arrays [3, H, W], sRGB in [0, 1].
 """
 
 from __future__ import annotations
@@ -88,21 +88,21 @@ def _photo(rng: np.random.Generator, height: int, width: int) -> Picture:
         crop = crop[:, ::-1]
     tints = _TINTS.get(name, ((1.0, 1.0, 1.0),))
     light = np.array(tints[rng.integers(len(tints))], dtype=np.float32) * np.float32(rng.uniform(0.85, 1.15) / 255)
-    picture: Picture = (crop if crop.ndim == 3 else crop[..., None]) * light
+    picture: Picture = (crop.transpose(2, 0, 1) if crop.ndim == 3 else crop) * light[:, None, None]
     return np.minimum(picture, 1, out=picture)
 
 
 def sample_background(rng: np.random.Generator, height: int, width: int) -> Picture:
-    """A random background, float32 [H, W, 3] in [0, 1]."""
+    """A random background, float32 [3, H, W] in [0, 1]."""
     kind = BACKGROUNDS[rng.choice(len(BACKGROUNDS), p=_SHARES)]
     if kind == "photo":
         return _photo(rng, height, width)
-    colour = _dull_colour(rng)
+    colour = _dull_colour(rng)[:, None, None]
     if kind == "plain":
-        return np.broadcast_to(colour, (height, width, 3)).copy()
+        return np.broadcast_to(colour, (3, height, width)).copy()
     other = np.clip(colour + rng.choice([-1, 1]) * rng.uniform(0.12, 0.3), 0, 1).astype(np.float32)
     mix = _gradient(rng, height, width) if kind == "gradient" else _noise(rng, height, width)
-    picture: Picture = colour + mix[..., None] * (other - colour)
+    picture: Picture = colour + mix * (other - colour)
     return picture
 
 
@@ -136,10 +136,9 @@ def visible_colours(background: Picture) -> tuple[str, ...]:
 
     A query for any other colour has no clear answer, for the background itself is about that colour.
     """
-    step = max(1, min(background.shape[:2]) // 64)
-    thumbnail = Image.fromarray((background[::step, ::step] * 255).astype(np.uint8)).resize(
-        (5, 5), Image.Resampling.BOX
-    )
+    step = max(1, min(background.shape[1:]) // 64)
+    sparse = (background[:, ::step, ::step] * 255).astype(np.uint8).transpose(1, 2, 0)
+    thumbnail = Image.fromarray(sparse).resize((5, 5), Image.Resampling.BOX)
     patches = oklab(np.asarray(thumbnail).reshape(-1, 3) / 255)
 
     colours, inks = _COLOURS_OKLAB[:, None], _INKS_OKLAB[:, None]

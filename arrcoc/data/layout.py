@@ -88,7 +88,7 @@ def cast_shadow(rng: np.random.Generator, picture: Picture, owners: NDArray[np.i
     box = (-shift[0] / 4, -shift[1] / 4)
     shadow = shadow.transform(shadow.size, Image.Transform.AFFINE, (1, 0, box[0], 0, 1, box[1]))
     full = np.asarray(shadow.resize((width, height), Image.Resampling.BILINEAR), dtype=np.float32)
-    picture *= 1 - full[..., None] * np.float32(0.4 / 255)
+    picture *= 1 - full * np.float32(0.4 / 255)
 
 
 def draw(rng: np.random.Generator, picture: Picture, placed: list[Placed], side: int) -> None:
@@ -99,6 +99,6 @@ def draw(rng: np.random.Generator, picture: Picture, placed: list[Placed], side:
         period = max(0.2 * size, 0.028 * side)
         colours = paint(item.thing.colour, item.thing.pattern, size, item.turn + 45, period)
         # Light from above: a little brighter at the top, a little darker at the bottom; and no two reds are the same.
-        light = np.linspace(1.05, 0.92, size, dtype=np.float32)[:, None, None] * np.float32(rng.uniform(0.95, 1.04))
-        view = picture[item.box]
-        view += item.coverage[..., None] * (np.minimum(colours * light, 1) - view)
+        light = np.linspace(1.05, 0.92, size, dtype=np.float32)[:, None] * np.float32(rng.uniform(0.95, 1.04))
+        view = picture[:, *item.box]
+        view += item.coverage * (np.minimum(colours * light, 1) - view)

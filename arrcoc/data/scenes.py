@@ -39,7 +39,7 @@ Pairs = tuple[tuple[str, str], ...]
 
 
 class _Scene(NamedTuple):
-    """A picture [H, W, 3], its things from the bottom up, whose each pixel is (-1: nobody's), and what is asked."""
+    """A picture [3, H, W], its things from the bottom up, whose each pixel is (-1: nobody's), and what is asked."""
 
     picture: Picture
     things: list[Description]
@@ -172,7 +172,7 @@ class Scenes(RelevanceDataset):
                 if query.matches(thing):
                     mask |= pixels
         return RelevanceSample(
-            image=torch.from_numpy(np.ascontiguousarray(scene.picture.transpose(2, 0, 1))).clamp_(0, 1),
+            image=torch.from_numpy(scene.picture).clamp_(0, 1),
             queries=scene.phrases,
             masks=torch.from_numpy(masks),
             name=f"scene-{self.split}-{self.seed}-{index:06d}",

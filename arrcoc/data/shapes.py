@@ -110,11 +110,11 @@ def paint(colour: str, pattern: str, size: int, turn: float, period: float) -> P
         period: of the pattern, in pixels.
 
     Returns:
-        float32 array [S, S, 3], sRGB in [0, 1].
+        float32 array [3, S, S], sRGB in [0, 1].
     """
-    base, ink = (np.array(rgb, dtype=np.float32) / np.float32(255) for rgb in COLOURS[colour])
+    base, ink = (np.array(rgb, dtype=np.float32)[:, None, None] / np.float32(255) for rgb in COLOURS[colour])
     if pattern == "plain":
-        return np.broadcast_to(base, (size, size, 3))
+        return np.broadcast_to(base, (3, size, size))
     angle = np.radians(turn)
     axis = (np.arange(size, dtype=np.float32) - size / 2) * np.float32(2 * np.pi / period)
     x, y = axis[None, :], axis[:, None]
@@ -126,4 +126,4 @@ def paint(colour: str, pattern: str, size: int, turn: float, period: float) -> P
         level = u * v - 0.02 if pattern == "checkered" else u + v - 0.75
     # The level crosses 0 with a slope of about 2 pi / period a pixel: this blends base and ink over one pixel.
     share: Picture = np.clip(0.5 + level * np.float32(period / (2 * np.pi)), 0, 1).astype(np.float32)
-    return base + share[..., None] * (ink - base)
+    return base + share * (ink - base)

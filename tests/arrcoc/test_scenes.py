@@ -95,7 +95,7 @@ def test_masks_are_where_the_picture_has_the_colour() -> None:
                 inner = scene.owners == owner
                 for axis, step in itertools.product((0, 1), (-1, 1)):
                     inner = inner & np.roll(inner, step, axis)  # without the blended border
-                distance = np.linalg.norm(oklab(scene.picture[inner])[:, None] - bases, axis=-1)
+                distance = np.linalg.norm(oklab(scene.picture[:, inner].T)[:, None] - bases, axis=-1)
                 nearest = np.array(list(COLOURS))[distance.argmin(axis=1)]
                 assert (nearest == thing.colour).mean() > 0.99
                 checked += 1
@@ -243,7 +243,7 @@ def test_colours_differ_from_each_other() -> None:
 def test_patterns_leave_the_colour_at_least_its_half(pattern: str) -> None:
     base, ink = (np.array(rgb) / 255 for rgb in COLOURS["red"])
     painted = paint("red", pattern, 120, turn=20, period=24)
-    share = np.dot(painted.reshape(-1, 3) - base, ink - base) / np.dot(ink - base, ink - base)
+    share = np.dot(painted.reshape(3, -1).T - base, ink - base) / np.dot(ink - base, ink - base)
     low, high = {"plain": (0, 0), "striped": (0.4, 0.5), "dotted": (0.1, 0.4), "checkered": (0.45, 0.505)}[pattern]
     assert low - 1e-6 <= share.mean() <= high + 1e-6
 
@@ -266,7 +266,7 @@ def test_oklab_of_known_colours() -> None:
 def test_colours_like_the_background_are_not_used(
     rgb: tuple[float, float, float], unseen: set[str], seen: set[str]
 ) -> None:
-    colours = set(visible_colours(np.full((80, 90, 3), rgb, dtype=np.float32)))
+    colours = set(visible_colours(np.broadcast_to(np.array(rgb, dtype=np.float32)[:, None, None], (3, 80, 90))))
     assert not colours & unseen and colours >= seen
 
 

@@ -1,0 +1,1 @@
+"""The relevance model: similarity, head and the components around them."""

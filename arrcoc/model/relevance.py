@@ -1,0 +1,227 @@
+"""Relevance model: backbone, head and components in one straight line.
+
+    image, text -> backbone (tokens, text embedding) -> similarity -> head -> relevance in [0, 1]
+
+Axes: B batch, N tokens, Q queries, D embedding width, H and W picture height and width.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from arrcoc._files import atomic_path, write_json
+from arrcoc.backbones import load_backbone
+from arrcoc.backbones.base import Backbone
+from arrcoc.config import HeadConfig
+from arrcoc.model.allocation import PrecisionAwareAllocation
+from arrcoc.model.head import RelevanceHead
+from arrcoc.model.multiscale import FlatnessAwareMultiScale
+from arrcoc.model.robustness import RelevanceRobustness
+from arrcoc.model.similarity import similarity_logits
+from arrcoc.tokens import VisualTokens
+
+_FORMAT = "arrcoc-relevance-1"
+_MAX_CACHED_TEXTS = 4096
+
+
+class RelevanceModel(nn.Module):
+    """Says which share of each visual token a text query covers.
+
+    Args:
+        backbone: a frozen vision-language model; it is not saved with the model, only named.
+        head: a RelevanceHead; None for the backbone's zero-shot similarity.
+        robustness, allocation, multiscale: components with settings of their own; defaults if None.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: RelevanceHead | None = None,
+        *,
+        robustness: RelevanceRobustness | None = None,
+        allocation: PrecisionAwareAllocation | None = None,
+        multiscale: FlatnessAwareMultiScale | None = None,
+    ) -> None:
+        super().__init__()
+        if head is not None and head.config.embed_dim != backbone.embed_dim:
+            raise ValueError(
+                f"head must take embeddings of width {backbone.embed_dim} (backbone {backbone.spec!r}), "
+                f"got one of width {head.config.embed_dim}."
+            )
+        self.backbone = backbone
+        self.head = head
+        self.robustness = robustness or RelevanceRobustness()
+        self.allocation = allocation or PrecisionAwareAllocation()
+        self.multiscale = multiscale or FlatnessAwareMultiScale((1.0,))
+        self._text_cache: dict[str, Tensor] = {}
+
+    def zero_shot(self) -> RelevanceModel:
+        """The same backbone and components without the head."""
+        return RelevanceModel(
+            self.backbone, robustness=self.robustness, allocation=self.allocation, multiscale=self.multiscale
+        )
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Unit-norm text embeddings [Q, D]; each text is encoded once and remembered."""
+        if isinstance(texts, str):
+            raise ValueError(f"texts must be a sequence of strings, got the single string {texts!r}.")
+        unknown = [text for text in dict.fromkeys(texts) if text not in self._text_cache]
+        if unknown or not texts:
+            embeddings = self.backbone.encode_text(unknown)
+            if len(self._text_cache) + len(unknown) > _MAX_CACHED_TEXTS:
+                self._text_cache = {text: self._text_cache[text] for text in texts if text in self._text_cache}
+            self._text_cache |= dict(zip(unknown, embeddings, strict=True))
+        return torch.stack([self._text_cache[text] for text in texts])
+
+    def encode_image(self, images: Tensor) -> VisualTokens:
+        """Visual tokens of images [B, 3, H, W] in [0, 1]."""
+        tokens: VisualTokens = self.backbone(images)
+        return tokens
+
+    def compute_logits(
+        self, visual_tokens: VisualTokens | Tensor, text_embedding: Tensor, grid: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Relevance logits; arguments as in ``compute_relevance``."""
+        tokens = self._as_tokens(visual_tokens, grid)
+        batch, width = len(tokens), self.backbone.embed_dim
+        if text_embedding.ndim not in (2, 3) or text_embedding.shape[-1] != width:
+            raise ValueError(
+                f"text_embedding must have shape [B, {width}] or [B, Q, {width}], got {list(text_embedding.shape)}."
+            )
+        queries_BQD = text_embedding[:, None] if text_embedding.ndim == 2 else text_embedding
+        if len(queries_BQD) != batch:
+            if 1 not in (len(queries_BQD), batch):
+                raise ValueError(f"text_embedding must be for {batch} images, got {len(queries_BQD)}.")
+            if batch == 1:
+                tokens = tokens.select(torch.zeros(len(queries_BQD), dtype=torch.long, device=tokens.patches.device))
+            queries_BQD = queries_BQD.expand(len(tokens), -1, -1)
+        logits_BQN = similarity_logits(self.backbone, tokens, queries_BQD)
+        if self.head is not None:
+            logits_BQN = self.head(tokens.patches, queries_BQD, logits_BQN)
+        return logits_BQN if text_embedding.ndim == 3 else logits_BQN[:, 0]
+
+    def compute_relevance(
+        self, visual_tokens: VisualTokens | Tensor, text_embedding: Tensor, grid: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Relevance in [0, 1]: the share of each token that the query's object covers.
+
+        Args:
+            visual_tokens: VisualTokens; or tokens [B, N, D], on a square grid unless ``grid`` is given; or images
+                [B, 3, H, W] in [0, 1].
+            text_embedding: unit-norm text embeddings [B, D], or several queries an image [B, Q, D]. One image with
+                many texts, or one text for many images, is broadcast.
+            grid: (height, width) in tokens.
+
+        Returns:
+            [B, N], or [B, Q, N] for several queries an image.
+
+        Raises:
+            ValueError: if shapes do not fit.
+        """
+        return torch.sigmoid(self.compute_logits(visual_tokens, text_embedding, grid))
+
+    def forward(self, images: Tensor | VisualTokens, texts: Sequence[str]) -> Tensor:
+        """Relevance [B, N] of images [B, 3, H, W] in [0, 1] (or their tokens) for one text each."""
+        return self.compute_relevance(images, self.encode_text(texts))
+
+    def _as_tokens(self, visual_tokens: VisualTokens | Tensor, grid: tuple[int, int] | None) -> VisualTokens:
+        if isinstance(visual_tokens, VisualTokens):
+            return visual_tokens
+        if visual_tokens.ndim == 4:
+            return self.encode_image(visual_tokens)
+        if visual_tokens.ndim != 3 or visual_tokens.shape[-1] != self.backbone.embed_dim:
+            raise ValueError(
+                f"visual_tokens must be VisualTokens, tokens [B, N, {self.backbone.embed_dim}] or images "
+                f"[B, 3, H, W], got {list(visual_tokens.shape)}."
+            )
+        side = round(visual_tokens.shape[1] ** 0.5)
+        if grid is None and side * side != visual_tokens.shape[1]:
+            raise ValueError(f"grid must be given for {visual_tokens.shape[1]} tokens, which do not make a square.")
+        return VisualTokens(visual_tokens, visual_tokens.mean(1), grid or (side, side))
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write the head and the settings; the backbone is named and fingerprinted, not copied."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.head is not None:
+            state = {name: value.detach().cpu().contiguous() for name, value in self.head.state_dict().items()}
+            with atomic_path(folder / "head.safetensors") as temporary:
+                save_file(state, temporary, metadata={"format": "pt"})
+        write_json(folder / "config.json", self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "format": _FORMAT,
+            "backbone": {"spec": self.backbone.spec, "fingerprint": self.backbone.fingerprint()},
+            "head": None if self.head is None else vars(self.head.config),
+            "robustness": {"rho": self.robustness.rho},
+            "allocation": {"target_precision": self.allocation.target_precision},
+            "multiscale": {"scales": list(self.multiscale.scales)},
+        }
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | os.PathLike[str],
+        *,
+        backbone: Backbone | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> RelevanceModel:
+        """Read what ``save_pretrained`` wrote.
+
+        Args:
+            directory: the folder.
+            backbone: the loaded backbone; None loads the one that the folder names.
+            device, dtype: of the backbone and the head; as the given backbone, or CPU and float32.
+
+        Raises:
+            FileNotFoundError: if the folder holds no relevance model.
+            ValueError: if it is damaged, or was trained on another backbone.
+        """
+        folder = Path(directory)
+        settings = _read_settings(folder)
+        wanted = settings["backbone"]
+        backbone = backbone or load_backbone(wanted["spec"], device=device, dtype=dtype)
+        if backbone.fingerprint() != wanted["fingerprint"]:
+            raise ValueError(
+                f"{folder} was trained on the backbone {wanted['spec']!r} with fingerprint {wanted['fingerprint']}, "
+                f"got {backbone.spec!r} with {backbone.fingerprint()}: a head only fits the weights it was trained on."
+            )
+        head = None
+        if settings["head"] is not None:
+            head = RelevanceHead(HeadConfig(**settings["head"]))
+            try:
+                head.load_state_dict(load_file(folder / "head.safetensors"))
+            except (OSError, RuntimeError, SafetensorError) as error:
+                raise ValueError(f"{folder / 'head.safetensors'} is missing or damaged: {error}") from error
+        model = cls(
+            backbone,
+            head,
+            robustness=RelevanceRobustness(**settings["robustness"]),
+            allocation=PrecisionAwareAllocation(**settings["allocation"]),
+            multiscale=FlatnessAwareMultiScale(**settings["multiscale"]),
+        )
+        return model.to(device=device, dtype=dtype).eval()
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no relevance model: config.json is missing.")
+    try:
+        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if settings.get("format") != _FORMAT:
+        raise ValueError(f"{path} must have format {_FORMAT!r}, got {settings.get('format')!r}.")
+    return settings

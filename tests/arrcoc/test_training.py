@@ -1,0 +1,228 @@
+"""Training the head: losses, exact resume, what is logged, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from arrcoc import RelevanceModel, TokenLoader, TrainConfig, encode_samples, train_relevance_model_with_sam
+from arrcoc.data.sample import RelevanceSample
+from arrcoc.training.checkpoint import load_checkpoint, save_checkpoint
+from arrcoc.training.losses import bce_loss, listwise_loss, mse_loss, relevance_loss
+
+from models import TinyBackbone, tiny_model
+
+COLOURS = ("red", "green", "blue")
+
+
+def samples(num: int = 8) -> list[RelevanceSample]:
+    """Noisy pictures with one colour in each quarter; "green" is absent from every other one."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for number in range(num):
+        image = 0.3 * torch.rand(3, 32, 32, generator=generator)
+        masks = torch.zeros(3, 32, 32, dtype=torch.bool)
+        for channel in range(3):
+            if channel == 1 and number % 2:
+                continue
+            top, left = 16 * (channel // 2), 16 * ((channel + number) % 2)
+            image[channel, top : top + 16, left : left + 16] += 0.6
+            masks[channel, top : top + 16, left : left + 16] = True
+        made.append(RelevanceSample(image=image, queries=COLOURS, masks=masks, name=str(number)))
+    return made
+
+
+def loader(model: RelevanceModel, seed: int = 0) -> TokenLoader:
+    return encode_samples(model, samples(), batch_size=3, num_queries=2, seed=seed)
+
+
+def test_losses_are_their_formulas() -> None:
+    logits = torch.randn(2, 3, 5, dtype=torch.float64)
+    targets = torch.rand(2, 3, 5, dtype=torch.float64)
+    targets[0, 0] = 0  # an absent query
+    p = torch.sigmoid(logits)
+    torch.testing.assert_close(bce_loss(logits, targets), -(targets * p.log() + (1 - targets) * (1 - p).log()).mean())
+    torch.testing.assert_close(mse_loss(logits, targets), ((p - targets) ** 2).mean())
+    rows = [(l, t) for l, t in zip(logits.view(6, 5), targets.view(6, 5), strict=True) if t.sum() > 0]
+    expected = torch.stack([-(t * F.log_softmax(l, -1)).sum() for l, t in rows]).mean()
+    torch.testing.assert_close(listwise_loss(logits, targets), expected)
+    with pytest.raises(ValueError, match="loss must be one of bce, mse, listwise, got 'hinge'"):
+        relevance_loss("hinge")
+
+
+def test_listwise_loss_of_absent_queries_alone_is_zero() -> None:
+    logits = torch.randn(1, 2, 4, requires_grad=True)
+    loss = listwise_loss(logits, torch.zeros(1, 2, 4))
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+@pytest.mark.parametrize("optimizer", ["sam", "asam", "none"])
+@pytest.mark.parametrize("loss", ["bce", "mse", "listwise"])
+def test_training_lowers_the_loss(optimizer: str, loss: str) -> None:
+    model = tiny_model()
+    config = TrainConfig(optimizer=optimizer, loss=loss, lr=0.03)
+    history = train_relevance_model_with_sam(model, loader(model), epochs=8, rho=0.02, config=config)
+    assert [record["epoch"] for record in history] == list(range(1, 9))
+    assert history[-1]["loss"] < 0.9 * history[0]["loss"]
+    assert all(record["sharpness"] >= -1e-6 for record in history)
+
+
+def test_only_the_head_learns_and_pictures_pass_once() -> None:
+    model = tiny_model()
+    data = loader(model)
+    passes = model.backbone.num_image_passes
+    before = model.backbone.model.basis.detach().clone()
+    train_relevance_model_with_sam(model, data, epochs=3)
+    assert model.backbone.num_image_passes == passes
+    assert torch.equal(model.backbone.model.basis, before)
+
+
+def test_images_pass_once_a_batch_although_sam_makes_two_passes() -> None:
+    model = tiny_model()
+    batches = [(torch.rand(2, 3, 32, 32), ["red", "blue"], torch.rand(2, 16)) for _ in range(3)]
+    train_relevance_model_with_sam(model, batches, epochs=2)
+    assert model.backbone.num_image_passes == 6
+
+
+def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
+    config = TrainConfig(lr=0.03, penalty_weight=0.5)
+    whole = tiny_model()
+    history = train_relevance_model_with_sam(whole, loader(whole), epochs=4, config=config, output=tmp_path / "a")
+
+    class Stop(Exception):
+        pass
+
+    def stop_after_two(model: RelevanceModel) -> dict[str, float]:
+        stop_after_two.calls += 1
+        if stop_after_two.calls == 3:
+            raise Stop
+        return {}
+
+    stop_after_two.calls = 0
+    broken = tiny_model()
+    with pytest.raises(Stop):
+        train_relevance_model_with_sam(
+            broken, loader(broken), epochs=4, config=config, output=tmp_path / "b", evaluate=stop_after_two
+        )
+    resumed = tiny_model()
+    again = train_relevance_model_with_sam(
+        resumed, loader(resumed), epochs=4, config=config, output=tmp_path / "b", resume=True
+    )
+    assert again == history
+    for name, value in whole.head.state_dict().items():
+        assert torch.equal(resumed.head.state_dict()[name], value), name
+
+
+def test_output_holds_the_model_and_the_log(tmp_path: Path) -> None:
+    model = tiny_model()
+    history = train_relevance_model_with_sam(
+        model, loader(model), epochs=2, output=tmp_path, evaluate=lambda _: {"val_ap": 0.5}
+    )
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines == history
+    assert lines[0]["val_ap"] == 0.5
+    again = RelevanceModel.from_pretrained(tmp_path, backbone=TinyBackbone())
+    image = torch.rand(1, 3, 32, 32)
+    assert torch.equal(again(image, ["red"]), model(image, ["red"]))
+
+
+def test_resume_refuses_other_settings_and_damage(tmp_path: Path) -> None:
+    model = tiny_model()
+    train_relevance_model_with_sam(model, loader(model), epochs=1, output=tmp_path)
+    with pytest.raises(ValueError, match="the checkpoint's config must be .* resume the same run"):
+        train_relevance_model_with_sam(model, loader(model), epochs=2, output=tmp_path, resume=True)
+    with pytest.raises(ValueError, match="output must be given to resume"):
+        train_relevance_model_with_sam(model, loader(model), epochs=1, resume=True)
+    with pytest.raises(FileNotFoundError, match="no checkpoint to resume from"):
+        train_relevance_model_with_sam(model, loader(model), epochs=1, output=tmp_path / "other", resume=True)
+
+
+def test_checkpoints_are_data_alone(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {"weights": torch.ones(2)})
+    assert torch.equal(load_checkpoint(path)["weights"], torch.ones(2))
+    torch.save({"format": "arrcoc-training-1", "code": Path("x")}, path)
+    with pytest.raises(ValueError, match="is damaged or not a checkpoint"):
+        load_checkpoint(path)
+    path.write_bytes(b"garbage")
+    with pytest.raises(ValueError, match="is damaged or not a checkpoint"):
+        load_checkpoint(path)
+    torch.save({"other": 1}, path)
+    with pytest.raises(ValueError, match="is not a training checkpoint"):
+        load_checkpoint(path)
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {"n": 1})
+    with pytest.raises(Exception, match=r"pickle|lambda|local object"):
+        save_checkpoint(path, {"n": lambda: 2})
+    assert load_checkpoint(path)["n"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_loader_is_the_same_for_the_same_epoch() -> None:
+    data = loader(tiny_model())
+    assert len(data) == 3
+    first = [(texts, targets) for _, texts, targets in data]
+    again = [(texts, targets) for _, texts, targets in data]
+    assert all(a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in zip(first, again, strict=True))
+    data.set_epoch(1)
+    other = [texts for _, texts, _ in data]
+    assert other != [texts for texts, _ in first]
+
+
+def test_loader_targets_are_the_coverage_of_the_chosen_queries() -> None:
+    model = tiny_model()
+    everything = samples()
+    data = encode_samples(model, everything, batch_size=3, num_queries=5)  # more than the 3 there are: some repeat
+    seen = 0
+    for tokens, texts, targets in data:
+        assert targets.shape == (len(tokens), 5, 16)
+        for patches, row, target in zip(tokens.patches, texts, targets, strict=True):
+            matches = [n for n in range(8) if torch.equal(data.tokens.patches[n], patches)]
+            assert len(matches) == 1
+            sample = everything[matches[0]]
+            assert set(row) == set(COLOURS)
+            for text, one in zip(row, target, strict=True):
+                mask = sample.masks[COLOURS.index(text)].float()[None, None]
+                torch.testing.assert_close(one, F.avg_pool2d(mask, 8).flatten())
+                seen += 1
+    assert seen == 40
+
+
+def test_bad_training_input() -> None:
+    model = tiny_model()
+    with pytest.raises(ValueError, match="model must have a head to train"):
+        train_relevance_model_with_sam(tiny_model(head=False), loader(model))
+    with pytest.raises(ValueError, match=r"targets must have shape \[2, 1, 16\], got \[2, 1, 9\]"):
+        batch = (torch.rand(2, 3, 32, 32), ["red", "blue"], torch.rand(2, 9))
+        train_relevance_model_with_sam(model, [batch], epochs=1)
+    with pytest.raises(ValueError, match="train_loader must yield at least one batch"):
+        train_relevance_model_with_sam(model, [], epochs=1)
+    with pytest.raises(ValueError, match="train_loader must have a length"):
+        train_relevance_model_with_sam(model, iter([]), epochs=1)
+    with pytest.raises(ValueError, match="samples must hold at least one sample"):
+        encode_samples(model, [])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "epochs must be an integer >= 1, got 0"),
+        ({"lr": 0.0}, "lr must be"),
+        ({"rho": -1.0}, "rho must be"),
+        ({"optimizer": "adam"}, "optimizer must be one of sam, asam, none, got 'adam'"),
+        ({"base_optimizer": "Magic"}, "base_optimizer must name a class of torch.optim, got 'Magic'"),
+        ({"loss": "hinge"}, "loss must be one of bce, mse, listwise, got 'hinge'"),
+    ],
+)
+def test_bad_train_config(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**options)

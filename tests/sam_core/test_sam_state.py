@@ -151,6 +151,7 @@ def test_a_methods_own_state_is_kept_apart_and_never_cast(base):
     assert "average" not in optimizer.state[param]
     saved = copy.deepcopy(optimizer.state_dict())
     assert saved["state"][0]["sam_core.average"].dtype == torch.float64
+    assert not any(name.startswith("sam_core.") for name in optimizer.state[param])
 
     start = param.detach().clone()
     optimizer.step(closure)

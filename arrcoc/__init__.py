@@ -1,6 +1,7 @@
 """arrcoc: which CLIP visual tokens matter for a text query, robustly and within a budget."""
 
-# Use  (isort: skip_file)
+# isort: skip_file
+# Use
 from arrcoc.scorer import RelevanceResult, RelevanceScorer, load_scorer
 
 # Parts

@@ -6,15 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from sam_core._checks import check_nonnegative, check_positive
+from sam_core._checks import check_count, check_nonnegative, check_positive
 
 LOSSES = ("bce", "mse", "listwise")
 OPTIMIZERS = ("sam", "asam", "none")
-
-
-def _check_int(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +30,10 @@ class HeadConfig:
     objectness_dim: int = 0
 
     def __post_init__(self) -> None:
-        _check_int("embed_dim", self.embed_dim, 1)
-        _check_int("affinity_dim", self.affinity_dim, 1)
-        _check_int("text_rank", self.text_rank, 0)
-        _check_int("objectness_dim", self.objectness_dim, 0)
+        check_count("embed_dim", self.embed_dim, at_least=1)
+        check_count("affinity_dim", self.affinity_dim, at_least=1)
+        check_count("text_rank", self.text_rank, at_least=0)
+        check_count("objectness_dim", self.objectness_dim, at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +65,7 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_int("epochs", self.epochs, 1)
+        check_count("epochs", self.epochs, at_least=1)
         check_positive("lr", self.lr)
         check_nonnegative("weight_decay", self.weight_decay)
         check_nonnegative("rho", self.rho)

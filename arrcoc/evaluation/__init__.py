@@ -15,7 +15,6 @@ from arrcoc.evaluation.metrics import (
 from arrcoc.evaluation.perturbations import (
     CORRUPTIONS,
     SEVERITIES,
-    add_token_noise,
     blur,
     brightness,
     contrast,
@@ -51,7 +50,6 @@ __all__ = [  # noqa: RUF022 - in the order of the imports above
     "SEVERITIES",
     "CORRUPTIONS",
     "token_noise",
-    "add_token_noise",
     "gaussian_noise",
     "blur",
     "jpeg",

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from arrcoc.model.allocation import num_tokens_of
+
 Budget = int | float
 
 
@@ -107,7 +109,7 @@ def recall_at_budget(scores: Tensor, coverage: Tensor, budget: Budget = 0.25) ->
         ValueError: if the budget is out of its range.
     """
     scores, coverage = _broadcast(scores, coverage)
-    kept = _top(scores, num_tokens_in(budget, scores.shape[-1]))
+    kept = _top(scores, num_tokens_of(budget, scores.shape[-1]))
     return (kept * coverage).sum(-1) / coverage.double().sum(-1)
 
 
@@ -129,7 +131,7 @@ def top_k_overlap(first: Tensor, second: Tensor, k: Budget) -> Tensor:
         ValueError: if k is out of its range.
     """
     first, second = _broadcast(first, second)
-    count = num_tokens_in(k, first.shape[-1])
+    count = num_tokens_of(k, first.shape[-1])
     if count < 1:
         raise ValueError(f"k must keep at least one of the {first.shape[-1]} tokens, got {k!r}.")
     return torch.minimum(_top(first, count), _top(second, count)).sum(-1) / count
@@ -210,21 +212,6 @@ def bootstrap_interval(
     tail = (1 - level) / 2
     low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return low, high
-
-
-def num_tokens_in(budget: Budget, num_tokens: int) -> int:
-    """Tokens that a budget keeps of ``num_tokens``: the count itself, or Python's round of the share.
-
-    Raises:
-        ValueError: for a count outside [0, num_tokens] or a share outside (0, 1].
-    """
-    if isinstance(budget, float):
-        if not 0 < budget <= 1:
-            raise ValueError(f"budget as a float must be a share in (0, 1], got {budget!r}.")
-        return round(budget * num_tokens)
-    if isinstance(budget, bool) or not 0 <= budget <= num_tokens:
-        raise ValueError(f"budget must be a number of tokens in [0, {num_tokens}], got {budget!r}.")
-    return budget
 
 
 def _top(scores: Tensor, k: int) -> Tensor:

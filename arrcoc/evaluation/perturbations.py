@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageFilter
 
-from arrcoc.tokens import VisualTokens, fuse
+from arrcoc.model.robustness import perturb_tokens
+from arrcoc.tokens import VisualTokens
 
 SEVERITIES: Mapping[str, tuple[float, float, float, float, float]] = MappingProxyType(
     {
-        "token_noise": (0.1, 0.2, 0.4, 0.7, 1.0),  # sigma, relative to the RMS of the patches
+        "token_noise": (0.1, 0.2, 0.4, 0.7, 1.0),  # rho, relative to the RMS of the patches
         "gaussian_noise": (0.04, 0.08, 0.12, 0.18, 0.26),  # sigma, white = 1
         "blur": (1.0, 2.0, 3.0, 4.0, 6.0),  # sigma in pixels, per 224 pixels of the shorter side
         "jpeg": (25, 18, 15, 10, 7),  # Pillow's quality
@@ -51,32 +52,8 @@ def strength(name: str, severity: int) -> float:
 
 
 def token_noise(visual_tokens: VisualTokens, severity: int, *, generator: torch.Generator) -> VisualTokens:
-    """Gaussian noise on the patches, by severity; see :func:`add_token_noise`."""
-    return add_token_noise(visual_tokens, strength("token_noise", severity), generator=generator)
-
-
-def add_token_noise(visual_tokens: VisualTokens, sigma: float, *, generator: torch.Generator) -> VisualTokens:
-    """Gaussian noise on the patches, p + sigma * RMS(p) * n with n ~ N(0, I); RMS over all patches of a picture.
-
-    Args:
-        visual_tokens: patches [B, N, D]; of several scales each gets its own noise, and they are averaged anew.
-        sigma: standard deviation relative to the RMS, >= 0.
-        generator: source of the noise, on the CPU: every device gets the same noise.
-
-    Returns:
-        The same pictures with other patches; the pooled embeddings stay.
-
-    Raises:
-        ValueError: if sigma is negative or not finite.
-    """
-    if not 0 <= sigma < float("inf"):
-        raise ValueError(f"sigma must be finite and >= 0, got {sigma!r}.")
-    if visual_tokens.levels:
-        return fuse(tuple(add_token_noise(level, sigma, generator=generator) for level in visual_tokens.levels))
-    patches = visual_tokens.patches
-    rms = patches.float().square().mean(dim=(1, 2), keepdim=True).sqrt()
-    noise = torch.randn(patches.shape, generator=generator).to(patches.device)
-    return visual_tokens.with_patches((patches.float() + sigma * rms * noise).to(patches.dtype))
+    """Gaussian noise on the patches, relative to their RMS; see :func:`arrcoc.model.robustness.perturb_tokens`."""
+    return perturb_tokens(visual_tokens, strength("token_noise", severity), generator)
 
 
 def gaussian_noise(image: Image.Image, severity: int, *, generator: torch.Generator) -> Image.Image:

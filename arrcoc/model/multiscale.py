@@ -51,6 +51,20 @@ class FlatnessAwareMultiScale(nn.Module):
         ordered = sorted(levels, key=lambda scale: scale != self.base_scale)
         return fuse(tuple(levels[scale] for scale in ordered))
 
+    def encode(self, model: RelevanceModel, images: Tensor, shape: tuple[int, int] | None = None) -> VisualTokens:
+        """Tokens of every scale of images [B, 3, H, W] in [0, 1], fused.
+
+        Args:
+            model: gives the backbone.
+            images: the pictures.
+            shape: (height, width) whose aspect ratio the grid has; that of the images if None.
+        """
+        return self.fuse(self._levels(model, images, shape or (images.shape[-2], images.shape[-1])))
+
+    def _levels(self, model: RelevanceModel, images: Tensor, shape: tuple[int, int]) -> dict[float, VisualTokens]:
+        sizes = {scale: model.backbone.input_size(*shape, scale=scale) for scale in self.scales}
+        return {scale: model.encode_image(_resize(images, size)) for scale, size in sizes.items()}
+
     def process_with_flatness(
         self, model: RelevanceModel, image: Tensor, text_embedding: Tensor
     ) -> dict[str, Tensor | dict[float, Tensor]]:
@@ -66,7 +80,8 @@ class FlatnessAwareMultiScale(nn.Module):
             {scale: relevance [B, h, w]} on the same grid; ``sharpness`` {scale: [B]}, >= 0;
             ``weights`` {scale: [B]}, summing to 1 over the scales.
         """
-        sizes = {scale: model.backbone.input_size(*image.shape[-2:], scale=scale) for scale in self.scales}
+        height, width = image.shape[-2:]
+        sizes = {scale: model.backbone.input_size(height, width, scale=scale) for scale in self.scales}
         levels = {scale: model.encode_image(_resize(image, size)) for scale, size in sizes.items()}
         grid = levels[self.base_scale].grid
         levels = {scale: level.resample(grid) for scale, level in levels.items()}
@@ -76,7 +91,7 @@ class FlatnessAwareMultiScale(nn.Module):
         weights = flatness_weights(sharpness)
 
         def relevance(tokens: VisualTokens) -> Tensor:
-            return model.compute_relevance(tokens, text_embedding).unflatten(-1, grid)
+            return model.compute_relevance(tokens, text_embedding).reshape(-1, *grid)
 
         return {
             "combined_relevance": relevance(self.fuse(levels)),

@@ -29,16 +29,29 @@ def perturb_tokens(tokens: VisualTokens, rho: float, generator: torch.Generator 
 def perturb_tokens(
     tokens: Tensor | VisualTokens, rho: float, generator: torch.Generator | None = None
 ) -> Tensor | VisualTokens:
-    """Tokens [B, N, D] plus Gaussian noise of standard deviation rho times each image's root mean square.
+    """Gaussian noise on the tokens, t + rho * RMS(t) * n with n ~ N(0, I); RMS over all tokens of an image.
 
     The noise is relative, so that one rho means the same for every backbone.
+
+    Args:
+        tokens: tokens [B, N, D], or VisualTokens; of several scales each gets its own noise, and they are averaged
+            anew. Pooled embeddings stay.
+        rho: standard deviation of the noise, >= 0, relative to the RMS.
+        generator: source of the noise, torch's own if None. One on the CPU gives every device the same noise.
+
+    Raises:
+        ValueError: if rho is negative or not finite.
     """
+    check_nonnegative("rho", rho)
     if isinstance(tokens, VisualTokens):
         if tokens.levels:
             return fuse(tuple(perturb_tokens(level, rho, generator) for level in tokens.levels))
         return tokens.with_patches(perturb_tokens(tokens.patches, rho, generator))
-    noise = torch.randn(tokens.shape, generator=generator, dtype=tokens.dtype, device=tokens.device)
-    return tokens + rho * tokens.square().mean((-2, -1), keepdim=True).sqrt() * noise
+    dtype = torch.promote_types(tokens.dtype, torch.float32)  # squares overflow half precision
+    source = tokens.device if generator is None else generator.device
+    noise = torch.randn(tokens.shape, generator=generator, dtype=dtype, device=source).to(tokens.device)
+    rms = tokens.to(dtype).square().mean((-2, -1), keepdim=True).sqrt()
+    return (tokens + rho * rms * noise).to(tokens.dtype)
 
 
 def relevance_change(relevance: Tensor, perturbed: Tensor) -> Tensor:

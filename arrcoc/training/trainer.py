@@ -61,6 +61,7 @@ def train_relevance_model_with_sam(
     output: str | os.PathLike[str] | None = None,
     resume: bool = False,
     progress: bool = False,
+    report: Callable[[dict[str, float]], None] | None = None,
 ) -> list[dict[str, float]]:
     """Train the head of a relevance model.
 
@@ -77,6 +78,7 @@ def train_relevance_model_with_sam(
         resume: go on from the checkpoint in ``output``; the result is that of the uninterrupted run, bit for bit, if
             the loader's batches depend on the epoch alone (it is told by ``set_epoch``, if it has one).
         progress: show a progress bar.
+        report: called with the log entry of every epoch, e.g. to print it.
 
     Returns:
         One dict an epoch: epoch, loss (at the weights, not at their perturbation), penalty, lr, sharpness (of SAM, on
@@ -106,6 +108,8 @@ def train_relevance_model_with_sam(
         if folder is not None:
             save_checkpoint(folder / _CHECKPOINT, run.state())
             write_text(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in run.history))
+        if report is not None:
+            report(record)
     if folder is not None:
         model.save_pretrained(folder)
     return run.history
@@ -214,11 +218,10 @@ class _Run:
 
 def _make_optimizer(head: RelevanceHead, config: TrainConfig) -> SAM:
     base = getattr(torch.optim, config.base_optimizer)
-    options = {"lr": config.lr, "weight_decay": config.weight_decay}
-    if config.optimizer == "asam":
-        return ASAM(head.parameters(), base, rho=config.rho, **options)
+    method = ASAM if config.optimizer == "asam" else SAM
     # With rho = 0, SAM is the base optimizer and makes one pass.
-    return SAM(head.parameters(), base, rho=0.0 if config.optimizer == "none" else config.rho, **options)
+    rho = 0.0 if config.optimizer == "none" else config.rho
+    return method(head.parameters(), base, rho=rho, lr=config.lr, weight_decay=config.weight_decay)
 
 
 def _schedule(progress: float) -> float:

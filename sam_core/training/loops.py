@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from sam_core._checks import check_count
-from sam_core.optimizers import SAM
+from sam_core.optimizers.sam import SAM
 from sam_core.training.batchnorm import frozen_running_stats
 
 _logger = logging.getLogger(__name__)

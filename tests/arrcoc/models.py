@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from arrcoc.backbones.base import Backbone
 class TinyBackbone(Backbone):
     """Tokens of 8 x 8 pixels whose embedding is their mean colour; texts are the colours' names."""
 
-    COLOURS = {"red": (1.0, 0.0, 0.0), "green": (0.0, 1.0, 0.0), "blue": (0.0, 0.0, 1.0)}
+    COLOURS: ClassVar = {"red": (1.0, 0.0, 0.0), "green": (0.0, 1.0, 0.0), "blue": (0.0, 0.0, 1.0)}
 
     def __init__(self, embed_dim: int = 3, logit_bias: float | None = -2.0, seed: int = 0) -> None:
         super().__init__()

@@ -95,13 +95,14 @@ def test_overconfident_tokens_lose_a_near_tie() -> None:
     assert allocate(scores, 1).tolist() == [1, 0, 0, 0]
     assert allocate(scores, 1, perturbed_scores=draws).tolist() == [0, 1, 0, 0]
     # A target above every precision penalises nothing.
-    assert PrecisionAwareAllocation(1e9).compute_token_allocation(scores, 1, perturbed_scores=draws).tolist() == [1, 0, 0, 0]
+    lenient = PrecisionAwareAllocation(1e9)
+    assert lenient.compute_token_allocation(scores, 1, perturbed_scores=draws).tolist() == [1, 0, 0, 0]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"relevance_scores": torch.tensor([1.0, float("nan")]), "compute_budget": 1}, "relevance_scores must be finite"),
+        ({"relevance_scores": torch.tensor([1.0, torch.nan]), "compute_budget": 1}, "relevance_scores must be finite"),
         ({"relevance_scores": torch.zeros(1, 2, 3), "compute_budget": 1}, r"must have shape \[N\] or \[B, N\]"),
         ({"relevance_scores": torch.zeros(4), "compute_budget": 5}, r"budget must be in \[0, 4\] tokens, got 5"),
         (

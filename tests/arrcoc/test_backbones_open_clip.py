@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from open_clip.transformer import QuickGELU
 from safetensors.torch import load_file, save_file
-from test_backbones import CONVOLUTION, VIT, build_model, write_folder
 from torch import Tensor, nn
 
 from arrcoc.backbones import OpenClipBackbone, load_backbone
 from arrcoc.backbones.open_clip_towers import check_config
+from test_backbones import CONVOLUTION, VIT, build_model, write_folder
 
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 

@@ -189,7 +189,7 @@ def test_errors_say_what_is_wrong(report: BenchmarkReport) -> None:
         evaluate(ColourScorer(), SAMPLES, conditions=("clean",), severity=0)
     with pytest.raises(ValueError, match=r"samples must hold at least one query, got none in 0 pictures\."):
         evaluate(ColourScorer(), [])
-    with pytest.raises(ValueError, match=r"budget must be a number of tokens in \[0, 96\], got 97\."):
+    with pytest.raises(ValueError, match=r"budget must be in \[0, 96\] tokens, got 97\."):
         evaluate(ColourScorer(), SAMPLES, budget=97)
     with pytest.raises(ValueError, match=r"must hold condition 'fog' with method 'model', and does not\."):
         report.row("fog", "model")

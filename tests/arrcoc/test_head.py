@@ -10,7 +10,6 @@ import torch
 from arrcoc import HeadConfig, RelevanceHead
 from arrcoc.model.similarity import flatness_weights, level_similarity, map_sharpness, similarity_logits
 from arrcoc.tokens import VisualTokens, fuse
-
 from models import TinyBackbone
 
 
@@ -53,7 +52,10 @@ def slow_head(head: RelevanceHead, patches: torch.Tensor, queries: torch.Tensor,
     return out
 
 
-@pytest.mark.parametrize("options", [{}, {"text_rank": 2}, {"objectness_dim": 3}, {"text_rank": 2, "objectness_dim": 3}])
+OPTIONS = [{}, {"text_rank": 2}, {"objectness_dim": 3}, {"text_rank": 2, "objectness_dim": 3}]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 def test_head_is_its_formula(options: dict[str, int]) -> None:
     head, inputs = random_head(**options), random_inputs()
     torch.testing.assert_close(head(*inputs), slow_head(head, *inputs), rtol=1e-10, atol=1e-10)

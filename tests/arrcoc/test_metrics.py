@@ -107,14 +107,12 @@ def test_recall_counts_the_objects_area_in_the_budget() -> None:
     assert metrics.pointing_hit(scores, torch.zeros(4)).isnan()
 
 
-def test_budget_shares_round_as_python_does() -> None:
-    assert [metrics.num_tokens_in(share, 10) for share in (0.25, 0.35, 0.04)] == [2, 4, 0]  # 2.5, 3.5, 0.4
-    for budget in (-1, 11, True):
-        with pytest.raises(ValueError, match=r"budget must be a number of tokens in \[0, 10\], got"):
-            metrics.num_tokens_in(budget, 10)
-    for budget in (0.0, 1.5, math.nan):
-        with pytest.raises(ValueError, match=r"budget as a float must be a share in \(0, 1\], got"):
-            metrics.num_tokens_in(budget, 10)
+def test_budgets_out_of_range_are_refused() -> None:
+    scores = torch.tensor([4.0, 3.0, 2.0, 1.0])
+    with pytest.raises(ValueError, match=r"budget must be in \[0, 4\] tokens, got 5\."):
+        metrics.recall_at_budget(scores, scores, 5)
+    with pytest.raises(ValueError, match=r"budget must be a share in \(0, 1\], got 1\.5\."):
+        metrics.top_k_overlap(scores, scores, 1.5)
 
 
 def test_overlap_is_one_with_itself_and_chance_with_a_constant_map() -> None:

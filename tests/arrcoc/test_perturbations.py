@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from arrcoc.evaluation.perturbations import CORRUPTIONS, SEVERITIES, add_token_noise, strength, token_noise
+from arrcoc.evaluation.perturbations import CORRUPTIONS, SEVERITIES, strength, token_noise
+from arrcoc.model.robustness import perturb_tokens
 from arrcoc.tokens import VisualTokens, fuse
 
 
@@ -90,28 +91,28 @@ def test_blur_means_the_same_at_any_resolution() -> None:
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 def test_token_noise_is_relative_to_the_rms_of_the_patches(scale: float) -> None:
     tokens = _tokens(scale)
-    noisy = add_token_noise(tokens, 0.5, generator=_seeded())
+    noisy = perturb_tokens(tokens, 0.5, _seeded())
     difference = noisy.patches - tokens.patches
     rms = tokens.patches.square().mean((1, 2)).sqrt()
     torch.testing.assert_close(difference.std((1, 2)), 0.5 * rms, rtol=0.02, atol=0)
     assert noisy.grid == tokens.grid
     assert noisy.pooled is tokens.pooled
-    assert torch.equal(noisy.patches, add_token_noise(tokens, 0.5, generator=_seeded()).patches)
-    assert not torch.equal(noisy.patches, add_token_noise(tokens, 0.5, generator=_seeded(1)).patches)
+    assert torch.equal(noisy.patches, perturb_tokens(tokens, 0.5, _seeded()).patches)
+    assert not torch.equal(noisy.patches, perturb_tokens(tokens, 0.5, _seeded(1)).patches)
 
 
 def test_token_noise_by_severity_keeps_the_dtype() -> None:
     tokens = _tokens()
     half = VisualTokens(tokens.patches.half(), tokens.pooled.half(), tokens.grid)
     assert token_noise(half, 5, generator=_seeded()).patches.dtype == torch.float16
-    by_sigma = add_token_noise(tokens, SEVERITIES["token_noise"][2], generator=_seeded())
-    assert torch.equal(token_noise(tokens, 3, generator=_seeded()).patches, by_sigma.patches)
-    assert torch.equal(add_token_noise(tokens, 0, generator=_seeded()).patches, tokens.patches)
+    by_rho = perturb_tokens(tokens, SEVERITIES["token_noise"][2], _seeded())
+    assert torch.equal(token_noise(tokens, 3, generator=_seeded()).patches, by_rho.patches)
+    assert torch.equal(perturb_tokens(tokens, 0, _seeded()).patches, tokens.patches)
 
 
 def test_every_scale_gets_its_own_noise() -> None:
     tokens = _tokens()
-    noisy = add_token_noise(fuse((tokens, tokens)), 0.5, generator=_seeded())
+    noisy = perturb_tokens(fuse((tokens, tokens)), 0.5, _seeded())
     first, second = (level.patches - tokens.patches for level in noisy.levels)
     rms = tokens.patches.square().mean((1, 2)).sqrt()
     for noise in (first, second, (first - second) / 2**0.5):
@@ -124,6 +125,6 @@ def test_errors_say_what_is_wrong() -> None:
         CORRUPTIONS["jpeg"](_photo(), 6, generator=_seeded())
     with pytest.raises(ValueError, match=r"perturbation must be one of token_noise, gaussian_noise, .* got 'fog'\."):
         strength("fog", 1)
-    for sigma in (-0.1, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=r"sigma must be finite and >= 0, got"):
-            add_token_noise(_tokens(), sigma, generator=_seeded())
+    for rho in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"rho must be (finite|>= 0), got"):
+            perturb_tokens(_tokens(), rho, _seeded())

@@ -13,7 +13,6 @@ from arrcoc import RelevanceModel, TokenLoader, TrainConfig, encode_samples, tra
 from arrcoc.data.sample import RelevanceSample
 from arrcoc.training.checkpoint import load_checkpoint, save_checkpoint
 from arrcoc.training.losses import bce_loss, listwise_loss, mse_loss, relevance_loss
-
 from models import TinyBackbone, tiny_model
 
 COLOURS = ("red", "green", "blue")
@@ -47,8 +46,8 @@ def test_losses_are_their_formulas() -> None:
     p = torch.sigmoid(logits)
     torch.testing.assert_close(bce_loss(logits, targets), -(targets * p.log() + (1 - targets) * (1 - p).log()).mean())
     torch.testing.assert_close(mse_loss(logits, targets), ((p - targets) ** 2).mean())
-    rows = [(l, t) for l, t in zip(logits.view(6, 5), targets.view(6, 5), strict=True) if t.sum() > 0]
-    expected = torch.stack([-(t * F.log_softmax(l, -1)).sum() for l, t in rows]).mean()
+    rows = [(row, t / t.sum()) for row, t in zip(logits.view(6, 5), targets.view(6, 5), strict=True) if t.sum() > 0]
+    expected = torch.stack([-(t * F.log_softmax(row, -1)).sum() for row, t in rows]).mean()
     torch.testing.assert_close(listwise_loss(logits, targets), expected)
     with pytest.raises(ValueError, match="loss must be one of bce, mse, listwise, got 'hinge'"):
         relevance_loss("hinge")
@@ -135,7 +134,7 @@ def test_output_holds_the_model_and_the_log(tmp_path: Path) -> None:
 def test_resume_refuses_other_settings_and_damage(tmp_path: Path) -> None:
     model = tiny_model()
     train_relevance_model_with_sam(model, loader(model), epochs=1, output=tmp_path)
-    with pytest.raises(ValueError, match="the checkpoint's config must be .* resume the same run"):
+    with pytest.raises(ValueError, match=r"the checkpoint's config must be .* resume the same run"):
         train_relevance_model_with_sam(model, loader(model), epochs=2, output=tmp_path, resume=True)
     with pytest.raises(ValueError, match="output must be given to resume"):
         train_relevance_model_with_sam(model, loader(model), epochs=1, resume=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sam_cases import assert_bitwise, true_perturbation
 from torch import nn
 
+from sam_cases import assert_bitwise, true_perturbation
 from sam_core import ASAM, SAM, AdaptiveAscent, L2Ascent, compute_perturbation, perturb, perturbed, restore
 from sam_core._checks import check_count
 from sam_core._tensors import norm

@@ -7,9 +7,9 @@ import logging
 
 import pytest
 import torch
-from sam_cases import assert_bitwise, copies, make_batch
 from torch import nn
 
+from sam_cases import assert_bitwise, copies, make_batch
 from sam_core import SAM, disable_running_stats, enable_running_stats, train_with_sam
 
 

@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
-from sam_cases import assert_bitwise
 from torch import nn
 
+from sam_cases import assert_bitwise
 from sam_core import SAM, disable_running_stats, enable_running_stats, frozen_running_stats
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from sam_cases import BASES, METHODS, assert_bitwise, copies, make_closure, make_model
 from torch import nn
 
 import sam_core
+from sam_cases import BASES, METHODS, assert_bitwise, copies, make_closure, make_model
 from sam_core import SAM, TwoPassOptimizer
 
 RESUME = """

@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from sam_cases import make_batch, make_model, true_perturbation
 from torch import nn
 from torch.autograd.functional import hessian
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sam_cases import make_batch, make_model, true_perturbation
 from sam_core import compute_hessian_vector_product, compute_sam_sharpness, power_iteration_top_eigenvalue
 
 cross_entropy = nn.functional.cross_entropy

@@ -8,8 +8,9 @@ import warnings
 
 import pytest
 import torch
-from sam_cases import BASES, METHODS, assert_bitwise, copies, make_batch, make_closure, make_model, true_step
 from torch import nn
+
+from sam_cases import BASES, METHODS, assert_bitwise, copies, make_batch, make_closure, make_model, true_step
 
 TRUTH = {"sam": {"rho": 0.1, "eta": None}, "asam": {"rho": 0.5, "eta": 0.01}}
 

@@ -1,0 +1,132 @@
+"""Imports go downward only: each file has a level, and imports from lower levels of its package alone."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+LEVELS: dict[str, dict[str, int]] = {
+    "sam_core": {
+        "_checks": 0,
+        "_tensors": 0,
+        "ascent": 1,
+        "weights": 1,
+        "optimizers.wrapper": 1,
+        "optimizers.two_pass": 2,
+        "optimizers.sam": 3,
+        "optimizers.asam": 4,
+        "training.batchnorm": 1,
+        "training.loops": 5,
+        "sharpness._loss": 1,
+        "sharpness.hessian": 2,
+        "sharpness.neighborhood": 2,
+        "sharpness.spectrum": 3,
+    },
+    "arrcoc": {
+        "_files": 0,
+        "assets": 0,
+        "config": 0,
+        "tokens": 0,
+        "images": 0,
+        "viz": 1,
+        "data.vocabulary": 0,
+        "data.masks": 0,
+        "data.sample": 0,
+        "data.splits": 0,
+        "data.shapes": 1,
+        "data.backgrounds": 1,
+        "data.layout": 2,
+        "data.coco": 2,
+        "data.scenes": 3,
+        "data.photos": 3,
+        "backbones.base": 1,
+        "backbones.open_clip_towers": 2,
+        "backbones.open_clip": 3,
+        "backbones": 4,
+        "model.head": 1,
+        "model.allocation": 1,
+        "model.robustness": 1,
+        "model.similarity": 2,
+        "model.multiscale": 3,
+        "model.relevance": 5,
+        "evaluation.metrics": 2,
+        "evaluation.perturbations": 2,
+        "evaluation.results": 2,
+        "evaluation.report": 3,
+        "scorer": 6,
+        "evaluation.benchmark": 7,
+        "training.losses": 1,
+        "training.checkpoint": 1,
+        "training.tokens": 6,
+        "training.validation": 7,
+        "training.trainer": 7,
+    },
+}
+TABLES_OF_CONTENTS = {"", "data", "model", "training", "evaluation", "optimizers", "sharpness"}
+
+
+def modules(package: str) -> dict[str, Path]:
+    found = {}
+    for path in sorted((ROOT / package).rglob("*.py")):
+        parts = path.relative_to(ROOT / package).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        if not (path.name == "__init__.py" and name in TABLES_OF_CONTENTS):
+            found[name] = path
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that a file imports when it runs; what stands under TYPE_CHECKING is not run."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    skipped = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{path}: write absolute imports"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def owner(name: str, package: str, levels: dict[str, int]) -> str | None:
+    """The listed module that an imported name belongs to."""
+    parts = name.removeprefix(f"{package}.").split(".")
+    return next((".".join(parts[:n]) for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in levels), None)
+
+
+@pytest.mark.parametrize("package", LEVELS)
+def test_every_file_has_a_level(package: str) -> None:
+    assert set(modules(package)) == set(LEVELS[package])
+
+
+@pytest.mark.parametrize("package", LEVELS)
+def test_imports_go_downward(package: str) -> None:
+    levels = LEVELS[package]
+    for name, path in modules(package).items():
+        for imported in imports(path):
+            if imported.split(".")[0] != package:
+                continue
+            target = owner(imported, package, levels)
+            assert target is not None, f"{name} imports the table of contents {imported}: name the file"
+            assert levels[target] < levels[name], f"{name} (level {levels[name]}) imports {target} ({levels[target]})"
+
+
+def test_sam_core_knows_torch_alone() -> None:
+    allowed = {"torch", "sam_core"}
+    standard = __import__("sys").stdlib_module_names
+    for path in modules("sam_core").values():
+        for imported in imports(path):
+            top = imported.split(".")[0]
+            assert top in allowed or top in standard, f"{path.name} imports {top}"

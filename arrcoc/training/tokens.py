@@ -9,12 +9,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from arrcoc.data.sample import RelevanceSample, coverage
 from arrcoc.model.relevance import RelevanceModel
-from arrcoc.tokens import VisualTokens
+from arrcoc.tokens import VisualTokens, concatenate
 
 
 class TokenLoader:
@@ -84,19 +83,18 @@ def encode_samples(
     model: RelevanceModel,
     samples: Sequence[RelevanceSample],
     *,
-    size: tuple[int, int] | None = None,
     batch_size: int = 16,
     num_queries: int = 6,
     seed: int = 0,
     progress: bool = False,
 ) -> TokenLoader:
-    """Run the backbone once over all samples.
+    """Run the backbone once over all samples, every picture squashed to a square so that they share a grid.
+
+    1,000 samples of 196 tokens of width 384 take 0.3 GB, and as much again for every scale if there are several.
 
     Args:
-        model: gives the backbone.
+        model: gives the backbone and the scales.
         samples: pictures with queries and masks.
-        size: (height, width) in pixels to which every picture is resized, so that they share a grid; the backbone's
-            size for a square picture if None. 1,000 samples of 196 tokens of width 384 take 0.3 GB.
         batch_size, num_queries, seed: of the loader.
         progress: show a progress bar.
 
@@ -105,19 +103,15 @@ def encode_samples(
     """
     if not len(samples):
         raise ValueError("samples must hold at least one sample, got none.")
-    size = size or model.backbone.input_size(256, 256)
     weight = next(model.backbone.parameters())
     parts: list[VisualTokens] = []
     queries: list[tuple[str, ...]] = []
     targets: list[Tensor] = []
     for number in tqdm(range(len(samples)), desc="encoding pictures", unit="picture", disable=not progress):
         sample = samples[number]
-        pixels = F.interpolate(sample.image[None], size, mode="bicubic", align_corners=False, antialias=True)
-        tokens = model.encode_image(pixels.clamp(0, 1).to(weight.device, weight.dtype))
+        image = sample.image[None].to(weight.device, weight.dtype)
+        tokens = model.multiscale.encode(model, image, shape=(1, 1))
         parts.append(tokens)
         queries.append(sample.queries)
         targets.append(coverage(sample.masks, tokens.grid))
-    everything = VisualTokens(
-        torch.cat([part.patches for part in parts]), torch.cat([part.pooled for part in parts]), parts[0].grid
-    )
-    return TokenLoader(everything, queries, targets, batch_size=batch_size, num_queries=num_queries, seed=seed)
+    return TokenLoader(concatenate(parts), queries, targets, batch_size=batch_size, num_queries=num_queries, seed=seed)

@@ -18,20 +18,21 @@ class HeadConfig:
 
     Args:
         embed_dim: width of token and text embeddings.
-        affinity_dim: width of the space in which tokens are compared with each other.
+        affinity_dim: width of a learned linear image in which tokens are compared with each other; 0 compares the tokens
+            themselves, which has nothing to overfit.
         text_rank: rank of the learned token-text product; 0 leaves the query out of everything but the similarity,
             which is what carries over to names that were never trained on.
         objectness_dim: hidden width of the text-free objectness term; 0 turns it off.
     """
 
     embed_dim: int
-    affinity_dim: int = 32
+    affinity_dim: int = 0
     text_rank: int = 0
     objectness_dim: int = 0
 
     def __post_init__(self) -> None:
         check_count("embed_dim", self.embed_dim, at_least=1)
-        check_count("affinity_dim", self.affinity_dim, at_least=1)
+        check_count("affinity_dim", self.affinity_dim, at_least=0)
         check_count("text_rank", self.text_rank, at_least=0)
         check_count("objectness_dim", self.objectness_dim, at_least=0)
 
@@ -47,7 +48,7 @@ class TrainConfig:
         optimizer: "sam", "asam", or "none" for the base optimizer alone.
         base_optimizer: name of the torch.optim class that makes the step.
         rho: radius of the ascent step, in parameter units (relative for "asam").
-        loss: "bce", "mse" or "listwise".
+        loss: "listwise", "bce" or "mse"; the head is calibrated afterwards whichever it is.
         penalty_weight: weight of the robustness penalty; 0 turns it off.
         input_radius: standard deviation of the penalty's token noise, relative to the tokens' root mean square.
         seed: of data order, initial weights and noise.
@@ -59,7 +60,7 @@ class TrainConfig:
     optimizer: str = "sam"
     base_optimizer: str = "AdamW"
     rho: float = 0.05
-    loss: str = "bce"
+    loss: str = "listwise"
     penalty_weight: float = 0.1
     input_radius: float = 0.1
     seed: int = 0

@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--rho", type=float, default=0.05, help="radius of SAM (default: 0.05)")
     add("--lr", type=float, default=3e-3, help="peak learning rate (default: 0.003)")
     add("--weight-decay", type=float, default=0.01, help="decoupled weight decay (default: 0.01)")
-    add("--loss", default="bce", help="bce, mse or listwise (default: bce)")
+    add("--loss", default="listwise", help="listwise, bce or mse (default: listwise)")
     add("--penalty-weight", type=float, default=0.1, help="weight of the robustness penalty (default: 0.1)")
     add("--input-radius", type=float, default=0.1, help="token noise of the penalty, relative (default: 0.1)")
     add("--text-rank", type=int, default=32, help="rank of the learned token-text product, 0 for none (default: 32)")

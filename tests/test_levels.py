@@ -59,6 +59,7 @@ LEVELS: dict[str, dict[str, int]] = {
         "evaluation.report": 3,
         "scorer": 6,
         "evaluation.benchmark": 7,
+        "training.calibration": 2,
         "training.losses": 1,
         "training.checkpoint": 1,
         "training.tokens": 6,

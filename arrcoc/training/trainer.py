@@ -26,6 +26,7 @@ from arrcoc.model.relevance import RelevanceModel
 from arrcoc.model.robustness import perturb_tokens, relevance_change
 from arrcoc.model.similarity import similarity_logits
 from arrcoc.tokens import VisualTokens
+from arrcoc.training.calibration import calibrate_head
 from arrcoc.training.checkpoint import load_checkpoint, save_checkpoint
 from arrcoc.training.losses import Loss, relevance_loss
 from sam_core import ASAM, SAM, compute_sam_sharpness
@@ -63,7 +64,7 @@ def train_relevance_model_with_sam(
     progress: bool = False,
     report: Callable[[dict[str, float]], None] | None = None,
 ) -> list[dict[str, float]]:
-    """Train the head of a relevance model.
+    """Train the head of a relevance model, then calibrate it on one more pass over the loader.
 
     Args:
         model: with a head; only the head is trained.
@@ -110,6 +111,7 @@ def train_relevance_model_with_sam(
             write_text(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in run.history))
         if report is not None:
             report(record)
+    run.calibrate(train_loader)
     if folder is not None:
         model.save_pretrained(folder)
     return run.history
@@ -172,6 +174,14 @@ class _Run:
             "lr": self.optimizer.param_groups[0]["lr"],
             "sharpness": sharpness,
         }
+
+    @torch.no_grad()
+    def calibrate(self, loader: Iterable[Batch]) -> None:
+        """Fit the level of the logits, which a ranking loss leaves free."""
+        noise = torch.Generator()  # the perturbed tokens are not used
+        batches = ((self.head.ranking(*inputs), targets) for inputs, _, targets in (self._prepare(b, noise) for b in loader))
+        with torch.enable_grad():
+            calibrate_head(self.head, batches)
 
     @torch.no_grad()
     def _prepare(self, batch: Batch, noise: torch.Generator) -> tuple[_HeadInputs, _HeadInputs | None, Tensor]:

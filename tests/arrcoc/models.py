@@ -46,5 +46,5 @@ class TinyBackbone(Backbone):
 def tiny_model(head: bool = True, **options: int) -> RelevanceModel:
     """A RelevanceModel over the tiny backbone, with a small head."""
     backbone = TinyBackbone()
-    config = HeadConfig(embed_dim=backbone.embed_dim, affinity_dim=4, **options)
+    config = HeadConfig(embed_dim=backbone.embed_dim, **options)
     return RelevanceModel(backbone, RelevanceHead(config) if head else None).eval()

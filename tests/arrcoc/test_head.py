@@ -15,7 +15,7 @@ from models import TinyBackbone
 
 def random_head(seed: int = 0, **options: int) -> RelevanceHead:
     generator = torch.Generator().manual_seed(seed)
-    head = RelevanceHead(HeadConfig(embed_dim=5, affinity_dim=3, **options)).double()
+    head = RelevanceHead(HeadConfig(embed_dim=5, **options)).double()
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
@@ -31,28 +31,37 @@ def random_inputs(num_images: int = 2, num_tokens: int = 6, num_queries: int = 4
     return patches, queries, queries @ patches.mT
 
 
+OPTIONS: list[dict[str, int]] = [
+    {},
+    {"affinity_dim": 3},
+    {"text_rank": 2},
+    {"objectness_dim": 3},
+    {"text_rank": 2, "affinity_dim": 2, "objectness_dim": 3},
+]
+
+
 def slow_head(head: RelevanceHead, patches: torch.Tensor, queries: torch.Tensor, S: torch.Tensor) -> torch.Tensor:
     out = torch.empty_like(S)
     for b in range(len(patches)):
         x = patches[b] / math.sqrt((patches[b] ** 2).mean())
-        looks = [head.affinity_weight @ token for token in x]
+        looks = [head.affinity_weight @ token for token in x] if head.config.affinity_dim else list(x)
         looks = [look / look.norm() for look in looks]
         for q in range(S.shape[1]):
             s = S[b, q].clone()
             if head.config.text_rank:
                 for i in range(len(x)):
                     s[i] += (head.query_factor @ queries[b, q]) @ (head.token_factor @ x[i])
+            ranking = torch.empty_like(s)
             for i in range(len(x)):
                 weights = torch.stack([torch.exp(head.log_sharpness.exp() * (looks[i] @ look)) for look in looks])
                 spread = (weights / weights.sum() * s).sum()
-                out[b, q, i] = head.self_gain * s[i] + head.spread_gain * spread + head.bias
+                ranking[i] = head.self_gain * s[i] + head.spread_gain * spread
                 if head.config.objectness_dim:
                     hidden = torch.nn.functional.gelu(head.objectness_weight @ x[i])
-                    out[b, q, i] += hidden @ head.objectness_gain
+                    ranking[i] += hidden @ head.objectness_gain
+            level = head.mean_gain * ranking.mean() + head.peak_gain * ranking.max() + head.bias
+            out[b, q] = head.log_gain.exp() * ranking + level
     return out
-
-
-OPTIONS = [{}, {"text_rank": 2}, {"objectness_dim": 3}, {"text_rank": 2, "objectness_dim": 3}]
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -69,21 +78,26 @@ def test_new_head_is_the_similarity(options: dict[str, int]) -> None:
 
 
 def test_affinity_does_not_depend_on_the_units_of_the_backbone() -> None:
-    head, (patches, queries, similarity) = random_head(text_rank=2, objectness_dim=3), random_inputs()
+    head, (patches, queries, similarity) = random_head(text_rank=2, affinity_dim=3, objectness_dim=3), random_inputs()
     torch.testing.assert_close(
         head(100 * patches, queries, similarity), head(patches, queries, similarity), rtol=1e-9, atol=1e-9
     )
 
 
+def test_calibration_keeps_the_order() -> None:
+    head, inputs = random_head(), random_inputs()
+    assert torch.equal(head(*inputs).argsort(-1), head.ranking(*inputs).argsort(-1))
+
+
 def test_every_weight_of_the_head_can_learn() -> None:
-    head, inputs = random_head(text_rank=2, objectness_dim=3), random_inputs()
+    head, inputs = random_head(text_rank=2, affinity_dim=3, objectness_dim=3), random_inputs()
     head(*inputs).square().sum().backward()
     for name, parameter in head.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
 
 def test_same_seed_same_head() -> None:
-    config = HeadConfig(embed_dim=5)
+    config = HeadConfig(embed_dim=5, affinity_dim=2)
     a, b = RelevanceHead(config), RelevanceHead(config, generator=torch.Generator().manual_seed(1))
     assert torch.equal(a.affinity_weight, RelevanceHead(config).affinity_weight)
     assert not torch.equal(a.affinity_weight, b.affinity_weight)
@@ -94,7 +108,7 @@ def test_same_seed_same_head() -> None:
     [
         ({"embed_dim": 0}, "embed_dim must be an integer >= 1, got 0."),
         ({"embed_dim": 4, "text_rank": -1}, "text_rank must be an integer >= 0, got -1."),
-        ({"embed_dim": 4, "affinity_dim": 2.5}, "affinity_dim must be an integer >= 1, got 2.5."),
+        ({"embed_dim": 4, "affinity_dim": 2.5}, "affinity_dim must be an integer >= 0, got 2.5."),
     ],
 )
 def test_bad_head_config(options: dict[str, int], message: str) -> None:

@@ -86,7 +86,7 @@ def test_images_pass_once_a_batch_although_sam_makes_two_passes() -> None:
     model = tiny_model()
     batches = [(torch.rand(2, 3, 32, 32), ["red", "blue"], torch.rand(2, 16)) for _ in range(3)]
     train_relevance_model_with_sam(model, batches, epochs=2)
-    assert model.backbone.num_image_passes == 6
+    assert model.backbone.num_image_passes == 3 * (2 + 1)  # two epochs and the calibration
 
 
 def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:

@@ -83,9 +83,13 @@ class RelevanceResult:
         """Relevance at the picture's size, float32 [H, W] in [0, 1]."""
         return viz.heatmap(self.relevance, (self.image.height, self.image.width))
 
-    def overlay(self) -> Image.Image:
-        """The picture under its heat map, RGB."""
-        return viz.overlay(self.image, self.relevance)
+    def overlay(self, *, peak: float = 0.6) -> Image.Image:
+        """The picture under its heat map, RGB.
+
+        Args:
+            peak: relevance that is drawn in full colour, > 0; the same for every map, so that maps compare.
+        """
+        return viz.overlay(self.image, self.relevance, peak=peak)
 
 
 class RelevanceScorer:

@@ -23,6 +23,10 @@ from typing import Any
 
 import open_clip
 import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from arrcoc._files import atomic_path, write_json
 from embedded_clip import export, space, student, teacher, text_tower, words
 from embedded_clip.sources import (
     FEATURES,
@@ -35,10 +39,6 @@ from embedded_clip.sources import (
     nouns,
     photo_paths,
 )
-from torch import Tensor
-from torch.nn import functional as F
-
-from arrcoc._files import atomic_path, write_json
 
 NUM_NOUNS, NUM_CAPTIONS, NUM_COMBINATIONS = 36_000, 20_000, 6_000
 SHAPES = "circle square triangle star heart ring cross hexagon crescent arrow diamond shape object thing".split()
@@ -250,7 +250,8 @@ class _Build:
             text_tower.train_text_tower(tower, tokenizer, known, phrases, steps=steps, lr=lr, seed=self.seed + number)
         cosine = (text_tower.encode(tower, tokenizer, bank["core"]) * targets["core"]).sum(-1)
         print(f"text tower: cosine to the target {cosine.mean():.3f} on names and words")
-        return tower.state_dict()
+        weights: dict[str, Tensor] = tower.state_dict()
+        return weights
 
 
 if __name__ == "__main__":

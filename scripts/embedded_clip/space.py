@@ -54,4 +54,5 @@ def joint_basis(directions: Tensor, width: int = JOINT) -> Tensor:
     """Orthonormal basis [K, J] of the space that keeps text directions [Q, K] best."""
     unit = F.normalize(directions, dim=-1)
     values, vectors = torch.linalg.eigh(unit.T @ unit)
-    return vectors[:, values.argsort(descending=True)[:width]]
+    basis: Tensor = vectors[:, values.argsort(descending=True)[:width]]
+    return basis

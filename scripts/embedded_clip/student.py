@@ -2,8 +2,8 @@
 
 The projection starts as the ridge regression of teacher tokens on its features. Then the upper trunk is tuned: for the
 words that are strongest in a photo, the tower's map must correlate with the teacher's, and its tokens must be near.
-Half of the photos are seen noisy, blurred or in other light while the teacher saw them clean: so the tokens learn not to
-mind. BatchNorm stays as it was trained (eval mode), its scales and shifts are tuned.
+Half of the photos are seen noisy, blurred or in other light while the teacher saw them clean: so the tokens learn not
+to mind. BatchNorm stays as it was trained (eval mode), its scales and shifts are tuned.
 
 Axes: B photos, T tokens, J joint width, A anchors, S strongest anchors.
 """
@@ -43,19 +43,24 @@ class Student(nn.Module):
     def lower(self, pixels: Tensor) -> Tensor:
         """The part that is not tuned."""
         x = self.trunk.bn1(self.trunk.conv_stem(pixels))
-        return self.trunk.blocks[:_FIRST_TUNED_BLOCK](x)
+        features: Tensor = self.trunk.blocks[:_FIRST_TUNED_BLOCK](x)
+        return features
 
     def upper(self, x: Tensor) -> Tensor:
         """Features [B, T, 1280] from the lower part's output."""
-        return self.trunk.bn2(self.trunk.conv_head(self.trunk.blocks[_FIRST_TUNED_BLOCK:](x))).flatten(2).mT
+        features: Tensor = self.trunk.bn2(self.trunk.conv_head(self.trunk.blocks[_FIRST_TUNED_BLOCK:](x)))
+        return features.flatten(2).mT
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.head(self.upper(self.lower(pixels)))
+        tokens: Tensor = self.head(self.upper(self.lower(pixels)))
+        return tokens
 
 
 def photos_at(paths: Sequence[Path], size: int = SIZE) -> Tensor:
     """Photos [P, 3, size, size] as bytes, to be read once."""
-    return torch.stack([((to_pixels(Image.open(path), size) + 1) * 127.5).round().byte() for path in tqdm(paths, desc="photos")])
+    return torch.stack(
+        [((to_pixels(Image.open(path), size) + 1) * 127.5).round().byte() for path in tqdm(paths, desc="photos")]
+    )
 
 
 def _normalise(photos: Tensor) -> Tensor:
@@ -65,9 +70,9 @@ def _normalise(photos: Tensor) -> Tensor:
 @torch.no_grad()
 def ridge_start(student: Student, photos: Tensor, teacher: Tensor) -> None:
     """Set the projection to the ridge regression of teacher tokens [P, T, J] on the features."""
-    width = 1280
-    gram, cross = torch.zeros(width, width, dtype=torch.float64), torch.zeros(width, teacher.shape[-1], dtype=torch.float64)
-    sums, target_sums, count = torch.zeros(width, dtype=torch.float64), torch.zeros(teacher.shape[-1], dtype=torch.float64), 0
+    width, target_width, double = 1280, teacher.shape[-1], torch.float64
+    gram, cross = torch.zeros(width, width, dtype=double), torch.zeros(width, target_width, dtype=double)
+    sums, target_sums, count = torch.zeros(width, dtype=double), torch.zeros(target_width, dtype=double), 0
     for start in tqdm(range(0, len(photos), 8), desc="ridge"):
         x = student.upper(student.lower(_normalise(photos[start : start + 8]))).flatten(0, 1)
         y = teacher[start : start + 8].flatten(0, 1).float()
@@ -76,7 +81,7 @@ def ridge_start(student: Student, photos: Tensor, teacher: Tensor) -> None:
         sums, target_sums, count = sums + x.sum(0), target_sums + y.sum(0), count + len(x)
     mean, target_mean = sums / count, target_sums / count
     covariance = gram / count - mean[:, None] * mean
-    ridge = _RIDGE * covariance.diagonal().mean() * torch.eye(width, dtype=torch.float64)
+    ridge = _RIDGE * covariance.diagonal().mean() * torch.eye(width, dtype=double)
     weight = torch.linalg.solve(covariance + ridge, cross / count - mean[:, None] * target_mean)
     student.head.weight.copy_(weight.T)
     student.head.bias.copy_(target_mean - mean @ weight)
@@ -101,7 +106,7 @@ def disturb(pixels: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def map_loss(tokens: Tensor, target: Tensor, anchors: Tensor) -> Tensor:
-    """1 - correlation of the maps of the photo's strongest anchors [A, J], plus half the squared error of the tokens."""
+    """1 - correlation of the maps of a photo's strongest anchors [A, J], plus half the squared error of the tokens."""
     maps = tokens @ anchors.T
     target_maps = target @ anchors.T
     strongest = target_maps.amax(1).topk(_STRONGEST, dim=-1).indices[:, None].expand(-1, maps.shape[1], -1)
@@ -116,7 +121,8 @@ def tune(student: Student, photos: Tensor, teacher: Tensor, anchors: Tensor, *, 
     """Tune the upper trunk and the projection towards the teacher's tokens [P, T, J]."""
     generator = torch.Generator().manual_seed(seed)
     student.eval().requires_grad_(False)
-    tuned = [*student.trunk.blocks[_FIRST_TUNED_BLOCK:].parameters(), *student.trunk.conv_head.parameters(), *student.trunk.bn2.parameters()]
+    modules = student.trunk.blocks[_FIRST_TUNED_BLOCK:], student.trunk.conv_head, student.trunk.bn2
+    tuned = [parameter for module in modules for parameter in module.parameters()]
     for parameter in (*tuned, *student.head.parameters()):
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(

@@ -7,6 +7,7 @@ trunks at three sizes .49 (with class names alone as anchors). The tower that sh
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from PIL import Image
@@ -31,9 +32,10 @@ def teacher_features(paths: list[Path], sizes: tuple[int, ...]) -> Tensor:
         pixels = [to_pixels(picture, size)[None].to(memory_format=torch.channels_last).bfloat16() for size in sizes]
         for slot, trunk in enumerate(trunks):
             maps = [trunk.forward_features(x).float() for x in pixels]
-            mean = sum(
+            total = sum(
                 F.interpolate(m, (GRID, GRID), mode="bilinear", align_corners=False, antialias=m.shape[-1] > GRID)
                 for m in maps
-            ) / len(maps)
+            )
+            mean = cast(Tensor, total) / len(maps)
             out[number, :, slot * FEATURES : (slot + 1) * FEATURES] = mean[0].flatten(1).T.half()
     return out

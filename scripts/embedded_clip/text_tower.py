@@ -14,6 +14,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import Tokenizer
@@ -21,10 +22,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+if TYPE_CHECKING:
+    from open_clip.transformer import TextTransformer
+
 PAD, UNK, CLS, SEP = range(4)
 CONTEXT = 32
 VOCABULARY = 9000
-TEMPLATES = ("{}", "{}", "a {}", "the {}", "a photo of a {}", "a photo of the {}", "a picture of a {}", "{} in the photo")
+TEMPLATES = "{},{},a {},the {},a photo of a {},a photo of the {},a picture of a {},{} in the photo".split(",")
 _DECAY = 0.02
 _NOUNS, _PHRASES = 192, 64  # of a batch
 
@@ -56,7 +60,8 @@ def prune_tokenizer(tokenizer_file: Path, texts: Sequence[str]) -> Tokenizer:
         ],
         "pair": [],
         "special_tokens": {
-            token: {"id": token, "ids": [number], "tokens": [token]} for token, number in (("[CLS]", CLS), ("[SEP]", SEP))
+            token: {"id": token, "ids": [number], "tokens": [token]}
+            for token, number in (("[CLS]", CLS), ("[SEP]", SEP))
         },
     }
     settings["padding"] = settings["truncation"] = None
@@ -73,7 +78,7 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
 
 
 def train_text_tower(
-    tower: nn.Module,
+    tower: TextTransformer,
     tokenizer: Tokenizer,
     nouns: tuple[Sequence[str], Tensor],
     phrases: tuple[Sequence[str], Tensor],
@@ -85,7 +90,7 @@ def train_text_tower(
     """Minimise 1 - cosine between the tower's embedding and the target.
 
     Args:
-        tower: open_clip's TextTransformer.
+        tower: the tower, in place.
         nouns: texts put into templates, and their unit-norm targets [Q, J].
         phrases: texts used as they are, and theirs.
         steps, lr, seed: number of steps, peak learning rate, and the order's seed.
@@ -118,30 +123,32 @@ def train_text_tower(
     tower.eval()
 
 
-def _encode(tower: nn.Module, tokens: Tensor) -> Tensor:
+def _encode(tower: TextTransformer, tokens: Tensor) -> Tensor:
     """The tower on the positions in use: the mask is causal, so what follows the end of a text does not matter."""
     length = int((tokens != PAD).sum(1).max())
     tokens = tokens[:, :length]
     x = tower.token_embedding(tokens) + tower.positional_embedding[:length]
     x = tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask[:length, :length]))
     ends = (tokens == SEP).int().argmax(-1)
-    return tower.text_projection(x[torch.arange(len(x)), ends])
+    embeddings: Tensor = tower.text_projection(x[torch.arange(len(x)), ends])
+    return embeddings
 
 
 @torch.no_grad()
-def encode(tower: nn.Module, tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
+def encode(tower: TextTransformer, tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
     """Unit-norm embeddings [Q, J]."""
     chunks = [tokenize(tokenizer, texts[start : start + 512]) for start in range(0, len(texts), 512)]
     return F.normalize(torch.cat([_encode(tower, chunk) for chunk in chunks]), dim=-1)
 
 
 @torch.no_grad()
-def start_from_pieces(tower: nn.Module, tokenizer: Tokenizer, nouns: tuple[Sequence[str], Tensor]) -> None:
-    """Initialise each piece's embedding with the mean target of the nouns it occurs in, turned into the tower's width."""
+def start_from_pieces(tower: TextTransformer, tokenizer: Tokenizer, nouns: tuple[Sequence[str], Tensor]) -> None:
+    """Initialise each piece's embedding: the mean target of the nouns it occurs in, turned into the tower's width."""
     width = tower.token_embedding.weight.shape[1]
     sums = torch.zeros(len(tower.token_embedding.weight), nouns[1].shape[1])
     counts = torch.zeros(len(sums), 1)
-    for encoding, target in zip(tokenizer.encode_batch(list(nouns[0]), add_special_tokens=False), nouns[1], strict=True):
+    encodings = tokenizer.encode_batch(list(nouns[0]), add_special_tokens=False)
+    for encoding, target in zip(encodings, nouns[1], strict=True):
         share = 1 / max(1, len(encoding.ids))
         for number in encoding.ids:
             sums[number] += share * target

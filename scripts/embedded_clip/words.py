@@ -26,7 +26,7 @@ _MIN_PHOTOS, _MAX_PHOTOS = 10, 700
 _POOLING = 0.5  # temperature of the soft maximum
 _STEPS, _LR, _BATCH, _DECAY = 300, 0.01, 128, 50.0
 
-COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "grey", "gray", "tan")
+COLOURS = "red orange yellow green blue purple pink brown black white grey gray tan".split()
 _ADJECTIVES = (*COLOURS, "striped", "wooden")
 PEOPLE = (
     "man woman boy girl child people person kid baby lady guy adult toddler crowd player climber hiker skier rider "

@@ -179,7 +179,9 @@ class _Run:
     def calibrate(self, loader: Iterable[Batch]) -> None:
         """Fit the level of the logits, which a ranking loss leaves free."""
         noise = torch.Generator()  # the perturbed tokens are not used
-        batches = ((self.head.ranking(*inputs), targets) for inputs, _, targets in (self._prepare(b, noise) for b in loader))
+        batches = (
+            (self.head.ranking(*inputs), targets) for inputs, _, targets in (self._prepare(b, noise) for b in loader)
+        )
         with torch.enable_grad():
             calibrate_head(self.head, batches)
 

@@ -27,7 +27,9 @@ def test_it_finds_the_calibration_that_made_the_targets() -> None:
 def test_mean_relevance_is_the_mean_coverage_and_the_order_stays() -> None:
     head = RelevanceHead(HeadConfig(embed_dim=4))
     ranking = scores()
-    targets = (torch.rand(ranking.shape, generator=torch.Generator().manual_seed(1)) < torch.sigmoid(ranking - 2)).float()
+    targets = (
+        torch.rand(ranking.shape, generator=torch.Generator().manual_seed(1)) < torch.sigmoid(ranking - 2)
+    ).float()
     calibrate_head(head, [(ranking, targets)])
     relevance = torch.sigmoid(head.calibrate(ranking))
     torch.testing.assert_close(relevance.mean(), targets.mean(), atol=1e-4, rtol=0)
@@ -37,4 +39,6 @@ def test_mean_relevance_is_the_mean_coverage_and_the_order_stays() -> None:
 def test_useless_scores_give_the_base_rate() -> None:
     head = RelevanceHead(HeadConfig(embed_dim=4))
     calibrate_head(head, [(torch.zeros(4, 1, 9), torch.full((4, 1, 9), 0.2))])
-    torch.testing.assert_close(torch.sigmoid(head.calibrate(torch.zeros(1, 1, 9))), torch.full((1, 1, 9), 0.2), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        torch.sigmoid(head.calibrate(torch.zeros(1, 1, 9))), torch.full((1, 1, 9), 0.2), atol=1e-4, rtol=0
+    )

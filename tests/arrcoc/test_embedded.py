@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import arrcoc
 from arrcoc.assets import asset_path
 from arrcoc.data import sample_photos
 from arrcoc.data.sample import coverage
+from arrcoc.evaluation import evaluate
 from arrcoc.evaluation.metrics import average_precision, token_labels
 
 
@@ -55,9 +58,17 @@ def test_it_finds_what_the_query_names(scorer: arrcoc.RelevanceScorer) -> None:
 
 
 def test_default_grid_follows_the_picture(scorer: arrcoc.RelevanceScorer) -> None:
-    for size, grid in {(448, 448): (14, 14), (896, 448): (7, 14), (300, 600): (14, 7), (640, 480): (11, 14)}.items():
-        assert scorer.score(Image.new("RGB", size), "cat").grid == grid  # halves are rounded up
-    assert max(scorer.score(Image.new("RGB", (37, 21)), "cat").grid) == 14
+    grids = {(448, 448): (16, 16), (896, 448): (8, 16), (300, 600): (16, 8), (640, 480): (12, 16), (37, 21): (9, 16)}
+    for size, grid in grids.items():
+        assert scorer.score(Image.new("RGB", size), "cat").grid == grid
+
+
+def test_the_head_does_not_lose_to_zero_shot(scorer: arrcoc.RelevanceScorer) -> None:
+    report = evaluate(scorer, sample_photos(absent_queries=2), conditions=("clean",))
+    head, zero_shot = report.row("clean", "model"), report.row("clean", "zero-shot")
+    assert head.average_precision > zero_shot.average_precision
+    assert head.calibration_error < 0.5 * zero_shot.calibration_error
+    assert head.absent_mass < 0.5 * zero_shot.absent_mass
 
 
 def test_head_is_named_and_fits(scorer: arrcoc.RelevanceScorer) -> None:
@@ -76,15 +87,22 @@ def test_saved_model_loads_as_a_scorer(scorer: arrcoc.RelevanceScorer, tmp_path:
 
 
 def test_scoring_costs_little_more_than_the_backbone(scorer: arrcoc.RelevanceScorer) -> None:
-    """A score takes at most 1.10 times the backbone's pass, as medians of interleaved runs."""
+    """A score takes at most 1.10 times the backbone's pass, by the fastest of interleaved runs."""
     image = Image.open(asset_path("photos") / "images" / "astronaut.jpg").convert("RGB")
     times: dict[str, list[float]] = {"backbone": [], "score": []}
-    for _ in range(25):
+    for _ in range(40):
         started = time.perf_counter()
         scorer.model.backbone(scorer.preprocess(image))
         between = time.perf_counter()
         scorer.score(image, "a person")
         times["backbone"].append(between - started)
         times["score"].append(time.perf_counter() - between)
-    ratio = min(times["score"]) / min(times["backbone"])
-    assert ratio < 1.10, times
+    assert min(times["score"]) < 1.10 * min(times["backbone"]), times
+
+
+@pytest.mark.slow
+def test_first_score_comes_within_ten_seconds() -> None:
+    program = "import arrcoc, sys; arrcoc.load_scorer().score(sys.argv[1], 'a cat')"
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-c", program, asset_path("photos") / "images" / "chelsea.jpg"], check=True)
+    assert time.perf_counter() - started < 10

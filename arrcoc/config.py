@@ -18,8 +18,8 @@ class HeadConfig:
 
     Args:
         embed_dim: width of token and text embeddings.
-        affinity_dim: width of a learned linear image in which tokens are compared with each other; 0 compares the tokens
-            themselves, which has nothing to overfit.
+        affinity_dim: width of a learned linear image in which tokens are compared with each other; 0 compares the
+            tokens themselves, which has nothing to overfit.
         text_rank: rank of the learned token-text product; 0 leaves the query out of everything but the similarity,
             which is what carries over to names that were never trained on.
         objectness_dim: hidden width of the text-free objectness term; 0 turns it off.

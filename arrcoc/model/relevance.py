@@ -71,12 +71,18 @@ class RelevanceModel(nn.Module):
         )
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """Unit-norm text embeddings [Q, D]; each text is encoded once and remembered."""
+        """Unit-norm text embeddings [Q, D]; each text is encoded once and remembered.
+
+        A text is encoded on its own: in a batch, its last digits would depend on the company, and with them a resumed
+        training run or a score.
+        """
         if isinstance(texts, str):
             raise ValueError(f"texts must be a sequence of strings, got the single string {texts!r}.")
+        if not texts:
+            return self.backbone.encode_text(texts)  # which refuses it
         unknown = [text for text in dict.fromkeys(texts) if text not in self._text_cache]
-        if unknown or not texts:
-            embeddings = self.backbone.encode_text(unknown)
+        if unknown:
+            embeddings = [self.backbone.encode_text([text])[0] for text in unknown]
             if len(self._text_cache) + len(unknown) > _MAX_CACHED_TEXTS:
                 self._text_cache = {text: self._text_cache[text] for text in texts if text in self._text_cache}
             self._text_cache |= dict(zip(unknown, embeddings, strict=True))

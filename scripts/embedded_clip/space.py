@@ -42,7 +42,7 @@ class Whitening:
         return (features - self.mean) @ self.basis / self.deviation
 
     def directions(self, rows: Tensor) -> Tensor:
-        """Directions [..., K] whose dot product with whitened features is that of rows [..., D] with features."""
+        """Directions [..., K]: their dot product with whitened features is that of rows [..., D] with centred ones."""
         return rows @ self.basis * self.deviation
 
     def rows(self, directions: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -48,19 +47,6 @@ _EMPTY_WORDS = set(
     "looks ride rides pose poses take takes catch leap slide swing there who make using going few like can try put "
     "show doe ready full above close open high behind".split()
 )
-
-
-@dataclass(frozen=True)
-class Anchors:
-    """Names [A], their sentence embeddings [A, 384] and directions [A, D] in feature space."""
-
-    names: list[str]
-    embeddings: Tensor
-    directions: Tensor
-
-    def kernel(self, embeddings: Tensor) -> Tensor:
-        """Weights [Q, A] of texts with sentence embeddings [Q, 384]: a softmax over the similarities."""
-        return torch.softmax(embeddings @ self.embeddings.T / KERNEL_WIDTH, -1)
 
 
 def caption_vocabulary(captions: Sequence[Sequence[str]], nouns: set[str]) -> tuple[list[str], Tensor]:

@@ -14,9 +14,8 @@ from _common import run
 
 QUERIES = {
     "chelsea.jpg": ("a cat",),
-    "coffee.jpg": ("a cup", "a spoon"),
-    "astronaut.jpg": ("a person", "a rocket"),
-    "rocket.jpg": ("a rocket",),
+    "coffee.jpg": ("a cup",),
+    "astronaut.jpg": ("a rocket", "a person"),
 }
 
 

@@ -29,7 +29,7 @@ import arrcoc
 from arrcoc.assets import asset_path
 photo = asset_path("photos") / "images" / "coffee.jpg"
 result = arrcoc.load_scorer().score(photo, "a cup")
-assert max(result.grid) == 14 and result.keep(32).num_kept == 32
+assert max(result.grid) == 16 and result.keep(32).num_kept == 32
 assert attempts == [], attempts
 print(arrcoc.__file__, photo, sep="\\n")
 """

@@ -26,6 +26,8 @@ from arrcoc.model.multiscale import FlatnessAwareMultiScale
 from arrcoc.model.relevance import RelevanceModel
 from arrcoc.tokens import VisualTokens, resample_maps
 
+_BATCH = 16  # pictures that go through the tower together
+
 # A path, a PIL picture, an array [H, W, 3] of uint8, or a float tensor [3, H, W] in [0, 1].
 ImageLike = str | os.PathLike[str] | Image.Image | NDArray[np.uint8] | Tensor
 
@@ -75,9 +77,9 @@ class RelevanceResult:
         """The same result on another grid (height, width), e.g. that of the model whose tokens are to be cut."""
         if len(grid) != 2 or min(grid) < 1:
             raise ValueError(f"grid must be (height, width) with both >= 1, got {grid!r}.")
-        maps = torch.stack([self.relevance.flatten(), self.logits.flatten()])[None]
-        relevance, logits = resample_maps(maps, self.grid, grid)[0].unflatten(-1, grid)
-        return RelevanceResult(relevance=relevance.clamp(0, 1), logits=logits, query=self.query, image=self.image)
+        relevance = resample_maps(self.relevance.flatten()[None, None], self.grid, grid)[0, 0].unflatten(0, grid)
+        logits = torch.logit(relevance, eps=1e-7)
+        return RelevanceResult(relevance=torch.sigmoid(logits), logits=logits, query=self.query, image=self.image)
 
     def heatmap(self) -> NDArray[np.float32]:
         """Relevance at the picture's size, float32 [H, W] in [0, 1]."""
@@ -114,18 +116,24 @@ class RelevanceScorer:
             image: the picture.
             scale: resize factor; the scorer's base scale (1 by default) if None.
         """
-        picture = load_image(image)
-        scale = self.model.multiscale.base_scale if scale is None else scale
+        return self._pixels(load_image(image), self.model.multiscale.base_scale if scale is None else scale)
+
+    def _pixels(self, picture: Image.Image, scale: float) -> Tensor:
         size = self.model.backbone.input_size(picture.height, picture.width, scale=scale)
-        weight = next(self.model.backbone.parameters())
-        return to_tensor(picture, size)[None].to(weight.device, weight.dtype)
+        return to_tensor(picture, size)[None].to(self.model.backbone.device)
+
+    def _tokens(self, pictures: Sequence[Image.Image]) -> VisualTokens:
+        """Tokens of pictures of one shape, all scales fused."""
+        levels = {
+            scale: self.model.encode_image(torch.cat([self._pixels(picture, scale) for picture in pictures]))
+            for scale in self.scales
+        }
+        return self.model.multiscale.fuse(levels)
 
     @torch.no_grad()
     def encode_image(self, image: ImageLike) -> VisualTokens:
         """Visual tokens of one picture (B = 1), several scales fused."""
-        picture = load_image(image)
-        levels = {scale: self.model.encode_image(self.preprocess(picture, scale=scale)) for scale in self.scales}
-        return self.model.multiscale.fuse(levels)
+        return self._tokens([load_image(image)])
 
     def score(self, image: ImageLike, query: str) -> RelevanceResult:
         """Relevance of the picture's tokens for a text."""
@@ -137,7 +145,7 @@ class RelevanceScorer:
         _check_queries(queries)
         picture = load_image(image)
         text_1QD = self.model.encode_text(queries)[None]
-        tokens = self.encode_image(picture)
+        tokens = self._tokens([picture])
         logits_QN = self.model.compute_logits(tokens, text_1QD)[0]
         return _results(logits_QN, tokens.grid, queries, [picture] * len(queries))
 
@@ -151,6 +159,8 @@ class RelevanceScorer:
         _check_queries(queries)
         if len(images) != len(queries):
             raise ValueError(f"images and queries must be pairs, got {len(images)} images and {len(queries)} queries.")
+        if not queries:
+            return []
         pictures = [load_image(image) for image in images]
         texts_BD = self.model.encode_text(queries)
         by_sizes: dict[tuple[tuple[int, int], ...], list[int]] = {}
@@ -158,12 +168,9 @@ class RelevanceScorer:
             sizes = (self.model.backbone.input_size(picture.height, picture.width, scale=s) for s in self.scales)
             by_sizes.setdefault(tuple(sizes), []).append(number)
         results: dict[int, RelevanceResult] = {}
-        for numbers in by_sizes.values():
-            levels = {
-                scale: self.model.encode_image(torch.cat([self.preprocess(pictures[n], scale=scale) for n in numbers]))
-                for scale in self.scales
-            }
-            tokens = self.model.multiscale.fuse(levels)
+        chunks = [n[k : k + _BATCH] for n in by_sizes.values() for k in range(0, len(n), _BATCH)]
+        for numbers in chunks:
+            tokens = self._tokens([pictures[n] for n in numbers])
             logits_BN = self.model.compute_logits(tokens, texts_BD[numbers])
             group = _results(logits_BN, tokens.grid, [queries[n] for n in numbers], [pictures[n] for n in numbers])
             results |= dict(zip(numbers, group, strict=True))
@@ -189,7 +196,8 @@ def load_scorer(
         device: CPU if None.
         dtype: float32 if None.
         mode: how a backbone makes dense tokens; its default if None.
-        scales: resize factors whose tokens are fused; several raise quality, at the cost of the sum of their squares.
+        scales: resize factors whose tokens are fused, whatever a saved model was saved with; several raise quality, at
+            the cost of the sum of their squares.
 
     Raises:
         ValueError: for an unknown model, or a head trained on another backbone.
@@ -198,7 +206,7 @@ def load_scorer(
     multiscale = FlatnessAwareMultiScale(scales)
     options: dict[str, Any] = {"device": device, "dtype": dtype}
     folder = Path(model)
-    if (folder / "config.json").is_file():
+    if os.fspath(model) != "embedded" and (folder / "config.json").is_file():
         if mode is not None:
             raise ValueError(f"mode is fixed by the saved model {str(model)!r}, got {mode!r}.")
         loaded = RelevanceModel.from_pretrained(folder, **options)

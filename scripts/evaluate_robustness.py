@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from arrcoc.evaluation.benchmark import Samples
 
 DEFAULT_NUM_SCENES = 100
+NUM_ABSENT = 2  # queries a photo that name nothing in it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _evaluate(arguments: argparse.Namespace) -> None:
     from arrcoc.evaluation import evaluate, format_table, save_report
 
-    samples = _samples(arguments.data, arguments.num, arguments.seed)
+    samples = _samples(arguments.data, arguments.split, arguments.num, arguments.seed)
     report = evaluate(
         load_scorer(arguments),
         samples,
@@ -42,7 +43,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         print(f"\nreport.json, table.md and robustness.png are in {arguments.output}")
 
 
-def _samples(data: str, num: int | None, seed: int) -> Samples:
+def _samples(data: str, split: str, num: int | None, seed: int) -> Samples:
     """The data set by name; the first ``num`` pictures of it."""
     from torch.utils.data import Subset
 
@@ -52,9 +53,9 @@ def _samples(data: str, num: int | None, seed: int) -> Samples:
     if data == "scenes":
         return Scenes(num or DEFAULT_NUM_SCENES, split="test", seed=seed)
     if data == "photos":
-        samples = sample_photos()
+        samples = sample_photos(absent_queries=NUM_ABSENT)
     elif path := coco_path(data):
-        samples = CocoFolder(path)
+        samples = CocoFolder(path, split=None if split == "all" else split, absent_queries=NUM_ABSENT)
     else:
         raise ValueError(f"--data must be scenes, photos or coco:PATH, got {data!r}.")
     if num is None or num >= len(samples):
@@ -68,6 +69,12 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add_scorer_arguments(parser)
     add("--data", default="photos", help="scenes, photos (a few that ship with us) or coco:PATH (default: photos)")
+    add(
+        "--split",
+        default="all",
+        choices=("all", "train", "val"),
+        help="part of a COCO folder; train_relevance.py trains on train (default: all)",
+    )
     add("--num", type=positive, help=f"pictures (default: all; {DEFAULT_NUM_SCENES} of the endless scenes)")
     add("--severity", type=int, default=3, choices=range(1, 6), help="strength of the perturbations (default: 3)")
     add("--budget", type=budget, default=0.25, help="tokens kept: a count, or a share such as 0.25 (default: 0.25)")

@@ -31,8 +31,8 @@ def _score(arguments: argparse.Namespace) -> None:
     scorer = load_scorer(arguments)
     tiles = []
     for number, path in enumerate(arguments.images):
-        for result in scorer.score_queries(path, arguments.query):
-            name = f"{number:03d}_{Path(path).stem}_{_slug(result.query)}"
+        for asked, result in enumerate(scorer.score_queries(path, arguments.query)):
+            name = f"{number:03d}_{Path(path).stem}_{asked:02d}_{_slug(result.query)}"
             allocation = result.keep(arguments.budget)
             kept = allocation.weights.unflatten(0, result.grid)
             overlay = result.overlay()

@@ -49,8 +49,6 @@ def load_backbone(
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating point type, got {dtype}.")
     backbone = _load(spec, mode)
-    if dtype not in (None, torch.float32):
-        backbone.fingerprint()  # of the weights as they are stored, before they are rounded
     return backbone.to(device=device or "cpu", dtype=dtype or torch.float32)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import floor, isfinite
 
 import torch
@@ -61,6 +61,11 @@ class Backbone(nn.Module, ABC):
         super().__init__()
         self.training = False
         self._fingerprint: str | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Backbone:
+        """What ``to`` and its kin call: the fingerprint is that of the weights before they are rounded."""
+        self.fingerprint()
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return,no-untyped-call]
 
     @abstractmethod
     def _encode_pixels(self, pixels: Tensor) -> tuple[Tensor, Tensor]:

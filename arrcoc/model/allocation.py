@@ -39,21 +39,26 @@ class Allocation:
     num_kept: int | Tensor
 
 
+def _is_count(value: object) -> bool:
+    """A whole number of Python, NumPy or torch, but not a truth value."""
+    return hasattr(value, "__index__") and not isinstance(value, bool)
+
+
 def num_tokens_of(budget: int | float, num_tokens: int) -> int:
     """A budget in tokens: an int is a number of tokens, a float in (0, 1] a share, rounded as Python's round does.
 
     Raises:
         ValueError: if an int is outside [0, num_tokens] or a float outside (0, 1].
     """
-    if isinstance(budget, bool) or not isinstance(budget, int | float):
-        raise ValueError(f"budget must be an int (tokens) or a float (share), got {budget!r}.")
-    if isinstance(budget, int):
+    if _is_count(budget):
         if not 0 <= budget <= num_tokens:
             raise ValueError(f"budget must be in [0, {num_tokens}] tokens, got {budget}.")
-        return budget
+        return int(budget)
+    if isinstance(budget, bool) or not hasattr(budget, "__float__"):
+        raise ValueError(f"budget must be an int (tokens) or a float (share), got {budget!r}.")
     if not 0 < budget <= 1:
         raise ValueError(f"budget must be a share in (0, 1], got {budget!r}.")
-    return round(budget * num_tokens)
+    return round(float(budget) * num_tokens)
 
 
 def num_tokens_for_mass(scores: Tensor, mass: float) -> int:
@@ -118,7 +123,9 @@ class PrecisionAwareAllocation(nn.Module):
             ValueError: for scores that are not finite, a budget outside [0, N], or shapes that do not fit.
         """
         _check_scores(relevance_scores)
-        num_kept = num_tokens_of(int(compute_budget), relevance_scores.shape[-1])
+        if not _is_count(compute_budget):
+            raise ValueError(f"compute_budget must be an int, got {compute_budget!r}.")
+        num_kept = num_tokens_of(compute_budget, relevance_scores.shape[-1])
         adjusted = relevance_scores.detach().double()
         precision = self.precision(adjusted, perturbed_scores=perturbed_scores, tokens=tokens)
         if precision is not None:

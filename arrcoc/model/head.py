@@ -58,7 +58,7 @@ class RelevanceHead(nn.Module):
 
     def affinity(self, patches: Tensor) -> Tensor:
         """Row-stochastic affinity [B, N, N] of tokens [B, N, D]: how much each takes from the others."""
-        looks_BNA = patches @ self.affinity_weight.T if self.config.affinity_dim else patches
+        looks_BNA = patches @ self.affinity_weight.T.to(patches.dtype) if self.config.affinity_dim else patches
         looks_BNA = F.normalize(looks_BNA, dim=-1)
         return torch.softmax(self.log_sharpness.exp() * looks_BNA @ looks_BNA.mT, dim=-1)
 
@@ -68,13 +68,13 @@ class RelevanceHead(nn.Module):
         # The root mean square over an image makes the learned terms independent of the backbone's units.
         tokens_BND = patches / patches.square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-6)
         if self.config.text_rank:
-            factors_BQR = queries @ self.query_factor.T
-            scores_BQN = scores_BQN + factors_BQR @ (tokens_BND @ self.token_factor.T).mT
+            factors_BQR = queries @ self.query_factor.T.to(queries.dtype)
+            scores_BQN = scores_BQN + factors_BQR @ (tokens_BND @ self.token_factor.T.to(tokens_BND.dtype)).mT
         spread_BQN = scores_BQN @ self.affinity(tokens_BND).mT
         scores_BQN = self.self_gain * scores_BQN + self.spread_gain * spread_BQN
         if self.config.objectness_dim:
-            hidden_BNO = F.gelu(tokens_BND @ self.objectness_weight.T)
-            scores_BQN = scores_BQN + (hidden_BNO @ self.objectness_gain)[:, None]
+            hidden_BNO = F.gelu(tokens_BND @ self.objectness_weight.T.to(tokens_BND.dtype))
+            scores_BQN = scores_BQN + (hidden_BNO @ self.objectness_gain.to(hidden_BNO.dtype))[:, None]
         return scores_BQN
 
     def calibrate(self, ranking: Tensor) -> Tensor:

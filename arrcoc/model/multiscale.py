@@ -104,4 +104,5 @@ class FlatnessAwareMultiScale(nn.Module):
 def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
     if images.shape[-2:] == size:
         return images
-    return F.interpolate(images, size, mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
+    wide = images.to(torch.promote_types(images.dtype, torch.float32))
+    return F.interpolate(wide, size, mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)

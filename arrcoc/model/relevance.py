@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,11 @@ class RelevanceModel(nn.Module):
         self.allocation = allocation or PrecisionAwareAllocation()
         self.multiscale = multiscale or FlatnessAwareMultiScale((1.0,))
         self._text_cache: dict[str, Tensor] = {}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RelevanceModel:
+        """What ``to`` and its kin call: embeddings made before the move do not fit after it."""
+        self._text_cache = {}
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return,no-untyped-call]
 
     def zero_shot(self) -> RelevanceModel:
         """The same backbone and components without the head."""
@@ -187,8 +192,8 @@ class RelevanceModel(nn.Module):
 
         Args:
             directory: the folder.
-            backbone: the loaded backbone; None loads the one that the folder names.
-            device, dtype: of the backbone and the head; as the given backbone, or CPU and float32.
+            backbone: the loaded backbone, used as it is; None loads the one that the folder names.
+            device, dtype: of a backbone that is loaded; CPU and float32 if None. The head goes where the backbone is.
 
         Raises:
             FileNotFoundError: if the folder holds no relevance model.
@@ -217,7 +222,9 @@ class RelevanceModel(nn.Module):
             allocation=PrecisionAwareAllocation(**settings["allocation"]),
             multiscale=FlatnessAwareMultiScale(**settings["multiscale"]),
         )
-        return model.to(device=device, dtype=dtype).eval()
+        if head is not None:
+            head.to(backbone.device)
+        return model.eval()
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:

@@ -103,13 +103,12 @@ def encode_samples(
     """
     if not len(samples):
         raise ValueError("samples must hold at least one sample, got none.")
-    weight = next(model.backbone.parameters())
     parts: list[VisualTokens] = []
     queries: list[tuple[str, ...]] = []
     targets: list[Tensor] = []
     for number in tqdm(range(len(samples)), desc="encoding pictures", unit="picture", disable=not progress):
         sample = samples[number]
-        image = sample.image[None].to(weight.device, weight.dtype)
+        image = sample.image[None].to(model.backbone.device)
         tokens = model.multiscale.encode(model, image, shape=(1, 1))
         parts.append(tokens)
         queries.append(sample.queries)

@@ -128,11 +128,17 @@ class _Run:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: _schedule(step / num_steps))
         self.epoch = 0
         self.history: list[dict[str, float]] = []
+        # What a resume must share with the run that it goes on with.
+        self.identity = {
+            "config": asdict(config),
+            "head_config": asdict(head.config),
+            "backbone": model.backbone.fingerprint(),
+            "num_batches": num_batches,
+        }
 
     def state(self) -> dict[str, Any]:
         return {
-            "config": asdict(self.config),
-            "fingerprint": self.model.backbone.fingerprint(),
+            **self.identity,
             "epoch": self.epoch,
             "history": self.history,
             "head": self.head.state_dict(),
@@ -141,19 +147,18 @@ class _Run:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        ours = {"config": asdict(self.config), "fingerprint": self.model.backbone.fingerprint()}
-        for name, value in ours.items():
-            if state[name] != value:
-                raise ValueError(f"the checkpoint's {name} must be {value}, got {state[name]}: resume the same run.")
+        for name, value in self.identity.items():
+            if state.get(name) != value:
+                raise ValueError(
+                    f"the checkpoint's {name} must be {value}, got {state.get(name)}: resume the same run."
+                )
         self.head.load_state_dict(state["head"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.last_epoch = state["scheduler"]["last_epoch"]
         self.epoch, self.history = state["epoch"], state["history"]
 
     def train_epoch(self, loader: Iterable[Batch], progress: bool) -> dict[str, float]:
-        set_epoch = getattr(loader, "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(self.epoch)
+        _set_epoch(loader, self.epoch)
         noise = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.epoch)
         totals, num_batches, first = torch.zeros(2, dtype=torch.float64), 0, None
         title = f"epoch {self.epoch + 1}/{self.config.epochs}"
@@ -177,7 +182,8 @@ class _Run:
 
     @torch.no_grad()
     def calibrate(self, loader: Iterable[Batch]) -> None:
-        """Fit the level of the logits, which a ranking loss leaves free."""
+        """Fit the level of the logits, which a ranking loss leaves free, on the batches of the last epoch."""
+        _set_epoch(loader, self.config.epochs - 1)
         noise = torch.Generator()  # the perturbed tokens are not used
         batches = (
             (self.head.ranking(*inputs), targets) for inputs, _, targets in (self._prepare(b, noise) for b in loader)
@@ -226,6 +232,12 @@ class _Run:
         self.optimizer.step(closure)
         self.scheduler.step()
         return seen[0]
+
+
+def _set_epoch(loader: Iterable[Batch], epoch: int) -> None:
+    set_epoch = getattr(loader, "set_epoch", None)
+    if set_epoch is not None:
+        set_epoch(epoch)
 
 
 def _make_optimizer(head: RelevanceHead, config: TrainConfig) -> SAM:

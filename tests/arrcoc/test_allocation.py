@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -28,6 +29,13 @@ def test_budgets_in_tokens_and_shares(budget: float, expected: int) -> None:
 def test_bad_budgets(budget: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         num_tokens_of(budget, 8)
+
+
+def test_numpy_numbers_are_numbers_and_shares_are_no_counts() -> None:
+    assert num_tokens_of(np.int64(3), 8) == 3
+    assert num_tokens_of(np.float64(0.5), 8) == 4
+    with pytest.raises(ValueError, match=r"compute_budget must be an int, got 0\.5"):
+        PrecisionAwareAllocation().compute_token_allocation(torch.zeros(4), 0.5)
 
 
 def test_mass_takes_the_fewest_tokens() -> None:

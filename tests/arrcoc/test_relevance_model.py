@@ -193,3 +193,20 @@ def test_moving_a_model_keeps_tokens_and_head_together() -> None:
     tokens = model.encode_image(torch.rand(1, 3, 32, 32).double())
     assert isinstance(tokens, VisualTokens)
     assert model.compute_relevance(tokens, model.encode_text(["red"])).dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_heads_of_every_kind_work_in_every_type(dtype: torch.dtype) -> None:
+    model = tiny_model(text_rank=2, affinity_dim=2, objectness_dim=2)
+    image = stripes()
+    expected = model(image, ["red"])  # and the text is in the cache now
+    moved = model.to(dtype)
+    assert (moved(image.to(dtype), ["red"]).float() - expected).abs().max() < 0.1
+
+
+def test_a_rounded_model_keeps_the_fingerprint_of_its_weights(tmp_path: Path) -> None:
+    model = tiny_model()
+    fingerprint = TinyBackbone().fingerprint()
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    assert model.backbone.fingerprint() == fingerprint
+    assert RelevanceModel.from_pretrained(tmp_path, backbone=TinyBackbone()).head is not None

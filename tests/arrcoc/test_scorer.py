@@ -74,6 +74,14 @@ def test_scales_agree_with_the_component() -> None:
     torch.testing.assert_close(one.score(picture(), "red").relevance, combined, atol=0.05, rtol=0)
 
 
+def test_long_batches_go_in_pieces_and_empty_ones_are_empty() -> None:
+    one = scorer()
+    results = one.score_batch([picture()] * 40, ["red", "blue"] * 20)
+    assert one.model.backbone.num_image_passes == 3
+    torch.testing.assert_close(results[39].relevance, one.score(picture(), "blue").relevance)
+    assert one.score_batch([], []) == []
+
+
 def test_preprocess_is_what_the_backbone_takes() -> None:
     one = scorer()
     image = one.preprocess(picture())
@@ -109,6 +117,7 @@ def test_other_grids_and_pictures_of_the_result() -> None:
     result = scorer().score(picture(), "red")
     finer = result.resample((4, 8))
     assert finer.grid == (4, 8)
+    torch.testing.assert_close(finer.relevance, torch.sigmoid(finer.logits))
     assert bool((finer.relevance[:, :3] > 0.8).all())
     assert result.heatmap().shape == (20, 40)
     assert result.overlay().size == (40, 20)

@@ -118,6 +118,37 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
         assert torch.equal(resumed.head.state_dict()[name], value), name
 
 
+def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
+    """The calibration, too, sees the batches of the last epoch: three queries a sample, one shown."""
+
+    def run(resume: bool) -> dict[str, torch.Tensor]:
+        model = tiny_model()
+        data = encode_samples(model, samples(), batch_size=3, num_queries=1)
+        train_relevance_model_with_sam(model, data, epochs=3, output=tmp_path, resume=resume)
+        assert model.head is not None
+        return model.head.state_dict()
+
+    first, again = run(resume=False), run(resume=True)
+    for name, value in first.items():
+        assert torch.equal(again[name], value), name
+
+
+def test_resume_refuses_another_head_and_other_data(tmp_path: Path) -> None:
+    model = tiny_model()
+    train_relevance_model_with_sam(model, loader(model), epochs=1, output=tmp_path)
+    with pytest.raises(ValueError, match="the checkpoint's head_config must be"):
+        train_relevance_model_with_sam(tiny_model(text_rank=2), loader(model), epochs=1, output=tmp_path, resume=True)
+    fewer = encode_samples(model, samples(2), batch_size=3, num_queries=2)
+    with pytest.raises(ValueError, match="the checkpoint's num_batches must be 1, got 3"):
+        train_relevance_model_with_sam(tiny_model(), fewer, epochs=1, output=tmp_path, resume=True)
+
+
+def test_samples_are_encoded_by_a_narrow_backbone() -> None:
+    model = tiny_model()
+    model.backbone.to(torch.bfloat16)
+    assert encode_samples(model, samples(2)).tokens.patches.dtype == torch.float32
+
+
 def test_output_holds_the_model_and_the_log(tmp_path: Path) -> None:
     model = tiny_model()
     history = train_relevance_model_with_sam(

@@ -134,7 +134,7 @@ def test_scoring_writes_pictures_and_numbers(trained: Path, tmp_path: Path) -> N
     argv = [str(image), "--query", "a red cup", "dog", "--budget", "0.5", "--model", str(trained)]
     assert score_tokens.main([*argv, "--output", str(tmp_path)]) == 0
 
-    names = ["000_coffee_a-red-cup", "000_coffee_dog"]
+    names = ["000_coffee_00_a-red-cup", "000_coffee_01_dog"]
     endings = (".json", "_overlay.png", "_tokens.png")
     expected = {"overview.png"} | {f"{name}{ending}" for name in names for ending in endings}
     assert {path.name for path in tmp_path.iterdir()} == expected
@@ -158,7 +158,7 @@ def test_pictures_of_one_name_do_not_overwrite_each_other(spec: str, tmp_path: P
     argv = [image, image, "--query", "?!", "--model", spec, "--output", str(tmp_path), "--budget", "7"]
     assert score_tokens.main(argv) == 0
     assert len(list(tmp_path.glob("*.json"))) == 2
-    assert len(json.loads((tmp_path / "001_rocket_query.json").read_text())["kept"]) == 7
+    assert len(json.loads((tmp_path / "001_rocket_00_query.json").read_text())["kept"]) == 7
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ venv=${VENV:-.venv}
 "$venv/bin/python" -m pip install --quiet --editable .
 started=$SECONDS
 out=runs/quickstart
-"$venv/bin/python" scripts/train_relevance.py --data scenes --num 300 --epochs 15 --output "$out/model" --progress
+"$venv/bin/python" scripts/train_relevance.py --data scenes --num 300 --epochs 15 \
+    --output "$out/model" --progress
 "$venv/bin/python" scripts/score_tokens.py assets/photos/images/*.jpg --model "$out/model" \
     --query "a cat" "a cup" "a person" "a rocket" --output "$out/photos"
 "$venv/bin/python" scripts/evaluate_robustness.py --model "$out/model" --data scenes --num 30 --output "$out/robustness"

@@ -12,6 +12,7 @@ Axes: B batch, N tokens, K kept, M neighbours, R perturbed draws, D embedding wi
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -53,7 +54,7 @@ def num_tokens_of(budget: int | float, num_tokens: int) -> int:
     if _is_count(budget):
         if not 0 <= budget <= num_tokens:
             raise ValueError(f"budget must be in [0, {num_tokens}] tokens, got {budget}.")
-        return int(budget)
+        return operator.index(budget)  # type: ignore[arg-type]
     if isinstance(budget, bool) or not hasattr(budget, "__float__"):
         raise ValueError(f"budget must be an int (tokens) or a float (share), got {budget!r}.")
     if not 0 < budget <= 1:

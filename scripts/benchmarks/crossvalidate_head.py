@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--lr", type=float, default=3e-3)
     add("--optimizer", default="sam")
     add("--rho", type=float, default=0.05)
-    add("--loss", default="bce")
+    add("--loss", default="listwise")
     add("--penalty-weight", type=float, default=0.1)
     add("--text-rank", type=int, default=0)
     add("--objectness-dim", type=int, default=0)

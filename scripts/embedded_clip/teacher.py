@@ -1,6 +1,6 @@
 """Teacher features: three trunks at several sizes, averaged over sizes on a 14 x 14 grid.
 
-Three trunks at three sizes find objects better than one trunk, or one size, does. The tower that ships learns from them.
+Three trunks at three sizes find objects better than one trunk, or one size, does. The tower that ships learns from all.
 """
 
 from __future__ import annotations

@@ -44,6 +44,7 @@ LEVELS: dict[str, dict[str, int]] = {
         "data.scenes": 3,
         "data.photos": 3,
         "backbones.base": 1,
+        "backbones.towers": 2,
         "backbones.open_clip_towers": 2,
         "backbones.open_clip": 3,
         "backbones": 4,

@@ -1,7 +1,7 @@
 """Sharpness-aware minimization for PyTorch: optimizers, what training with them needs, and measures of flatness."""
 
 from sam_core.ascent import AdaptiveAscent, L2Ascent, compute_perturbation
-from sam_core.optimizers import ASAM, SAM, TwoPassOptimizer
+from sam_core.optimizers import ASAM, METHODS, SAM, TwoPassOptimizer
 from sam_core.sharpness import (
     compute_hessian_vector_product,
     compute_sam_sharpness,
@@ -19,6 +19,7 @@ __all__ = [  # noqa: RUF022, grouped as a table of contents
     # Optimizers
     "SAM",
     "ASAM",
+    "METHODS",
     "TwoPassOptimizer",
     # Training
     "enable_running_stats",

@@ -50,3 +50,9 @@ def test_examples_run(name):
     torch.manual_seed(0)
     result = doctest.testmod(importlib.import_module(name), extraglobs={"torch": torch, "SAM": sam_core.SAM})
     assert result.failed == 0
+
+
+def test_methods_are_named_by_their_class():
+    assert {"sam": sam_core.SAM, "asam": sam_core.ASAM}.items() <= sam_core.METHODS.items()
+    assert all(name == method.__name__.lower() for name, method in sam_core.METHODS.items())
+    assert all(issubclass(method, torch.optim.Optimizer) for method in sam_core.METHODS.values())

@@ -1,4 +1,4 @@
-"""The README's Python example runs as written."""
+"""The examples in README and docs run as written, and what they link to exists."""
 
 from __future__ import annotations
 
@@ -8,26 +8,39 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXAMPLE = re.compile(r"<!-- This example runs as a test. -->\n```python\n(.*?)```", re.DOTALL)
 
 
-def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    example = re.search(r"<!-- This example runs as a test. -->\n```python\n(.*?)```", text, re.DOTALL)
-    assert example is not None
-    monkeypatch.chdir(tmp_path)
+def run_examples(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """The names that a page's marked examples leave, run one after the other in an empty folder."""
+    monkeypatch.chdir(folder)
     names: dict[str, object] = {}
-    exec(compile(example.group(1), "README.md", "exec"), names)
+    for example in EXAMPLE.findall(page.read_text(encoding="utf-8")):
+        exec(compile(example, page.name, "exec"), names)
+    return names
+
+
+def test_the_readme_example_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = run_examples(ROOT / "README.md", tmp_path, monkeypatch)
     assert (tmp_path / "cup.png").is_file()
     assert len(names["kept"].keep_indices) == 32
     assert "torch.Size" in capsys.readouterr().out
 
 
-def test_the_files_it_names_exist() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.stem)
+def test_the_examples_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_examples(page, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_files_it_links_to_exist(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
 
 
 def test_no_number_is_missing() -> None:
-    for path in [ROOT / "README.md", *(ROOT / "assets").rglob("*.md")]:
+    for path in [*PAGES, *(ROOT / "assets").rglob("*.md")]:
         assert "@@" not in path.read_text(encoding="utf-8"), path

@@ -5,17 +5,19 @@ Axes: H, W, C height, width, channels.
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-ImageInput: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray[Any, Any] | Tensor
+ImageInput: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray[Any, Any] | Tensor
 
 
 def load_image(image: ImageInput) -> Image.Image:
@@ -26,8 +28,8 @@ def load_image(image: ImageInput) -> Image.Image:
     that holds all values. Of an animation the first frame counts.
 
     Args:
-        image: path of a file; PIL image of any mode; uint8 array [H, W] or [H, W, C] with C = 1, 3 or 4 (RGBA);
-            float tensor [3, H, W] or [1, H, W] in [0, 1].
+        image: path of a file; the bytes of one; PIL image of any mode; uint8 array [H, W] or [H, W, C] with C = 1, 3
+            or 4 (RGBA); float tensor [3, H, W] or [1, H, W] in [0, 1].
 
     Returns:
         PIL image of mode RGB.
@@ -38,6 +40,8 @@ def load_image(image: ImageInput) -> Image.Image:
     """
     if isinstance(image, str | os.PathLike):
         picture = _open(Path(image))
+    elif isinstance(image, bytes):
+        picture = _decode(io.BytesIO(image), f"of {len(image)} bytes")
     elif isinstance(image, Image.Image):
         picture = image
     elif isinstance(image, np.ndarray):
@@ -45,21 +49,23 @@ def load_image(image: ImageInput) -> Image.Image:
     elif isinstance(image, Tensor):
         picture = _from_tensor(image)
     else:
-        raise ValueError(f"image must be a path, PIL image, uint8 array or float tensor, got {type(image).__name__}.")
+        raise ValueError(
+            f"image must be a path, bytes, PIL image, uint8 array or float tensor, got {type(image).__name__}."
+        )
     if min(picture.size) < 1:
         raise ValueError(f"image must have at least one pixel, got width and height {picture.size!r}.")
     return _to_rgb(ImageOps.exif_transpose(picture))
 
 
-def to_tensor(image: Image.Image, size: tuple[int, int] | None = None) -> Tensor:
-    """A picture as a float tensor, resized on request (bicubic, antialiased where it shrinks).
+def to_pixels(image: Image.Image, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+    """A picture as an array, resized on request (bicubic, antialiased where it shrinks).
 
     Args:
         image: PIL image of mode RGB, as `load_image` returns it.
         size: (height, width) in pixels, or None to keep it.
 
     Returns:
-        float32 tensor [3, H, W] in [0, 1].
+        uint8 array [H, W, 3].
 
     Raises:
         ValueError: if image is not RGB or a side of size is < 1.
@@ -72,7 +78,17 @@ def to_tensor(image: Image.Image, size: tuple[int, int] | None = None) -> Tensor
             raise ValueError(f"size must be (height, width) with both >= 1, got {size!r}.")
         if (size[1], size[0]) != image.size:
             image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float() / 255
+    return np.array(image)
+
+
+def to_tensor(image: Image.Image, size: tuple[int, int] | None = None) -> Tensor:
+    """A picture as a float32 tensor [3, H, W] in [0, 1]; arguments as in `to_pixels`."""
+    return as_images(to_pixels(image, size)[None])[0]
+
+
+def as_images(pixels: NDArray[np.uint8]) -> Tensor:
+    """Arrays of `to_pixels` in one batch, uint8 [B, H, W, 3], as float32 images [B, 3, H, W] in [0, 1]."""
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float() / 255
 
 
 def _open(path: Path) -> Image.Image:
@@ -80,24 +96,29 @@ def _open(path: Path) -> Image.Image:
         raise FileNotFoundError(f"image {str(path)!r} does not exist.")
     if path.is_dir():
         raise ValueError(f"image must be a file, got the folder {str(path)!r}.")
+    # a file object, not a name: from a name Pillow 13 maps plain TIFFs into memory and scrambles rotated ones
+    with path.open("rb") as file:
+        return _decode(file, repr(str(path)))
+
+
+def _decode(file: BinaryIO, name: str) -> Image.Image:
     try:
-        # a file object, not a name: from a name Pillow 13 maps plain TIFFs into memory and scrambles rotated ones
-        with warnings.catch_warnings(), path.open("rb") as file:
+        with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             picture = Image.open(file)
             picture.load()
             return picture
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ValueError(
-            f"image {str(path)!r} has more than {Image.MAX_IMAGE_PIXELS} pixels and may be a decompression bomb; "
+            f"image {name} has more than {Image.MAX_IMAGE_PIXELS} pixels and may be a decompression bomb; "
             "if you trust it, raise PIL.Image.MAX_IMAGE_PIXELS or pass a smaller copy."
         ) from error
     except UnidentifiedImageError as error:
-        raise ValueError(f"image {str(path)!r} is not a picture that Pillow can read.") from error
+        raise ValueError(f"image {name} is not a picture that Pillow can read.") from error
     except PermissionError:
         raise
     except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise for truncated or broken files
-        raise ValueError(f"image {str(path)!r} is damaged: {error}") from error
+        raise ValueError(f"image {name} is damaged: {error}") from error
 
 
 def _from_array(array_HWC: np.ndarray[Any, Any]) -> Image.Image:

@@ -1,12 +1,12 @@
 """What a user touches: load a scorer, score a picture for a text, keep the tokens that matter.
 
-Axes: N tokens, Q queries, H and W picture height and width, h and w grid height and width.
+Axes: B pictures, N tokens, Q queries, D embedding width, H and W height and width of the picture, h and w of the grid.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,13 @@ from torch import Tensor
 from arrcoc import viz
 from arrcoc.assets import asset_path
 from arrcoc.backbones import load_backbone
-from arrcoc.images import load_image, to_tensor
+from arrcoc.images import ImageInput, as_images, load_image, to_pixels
 from arrcoc.model.allocation import Allocation, keep_top, num_tokens_for_mass, num_tokens_of
 from arrcoc.model.multiscale import FlatnessAwareMultiScale
 from arrcoc.model.relevance import RelevanceModel
 from arrcoc.tokens import VisualTokens, resample_maps
 
 _BATCH = 16  # pictures that go through the tower together
-
-# A path, a PIL picture, an array [H, W, 3] of uint8, or a float tensor [3, H, W] in [0, 1].
-ImageLike = str | os.PathLike[str] | Image.Image | NDArray[np.uint8] | Tensor
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -109,60 +106,94 @@ class RelevanceScorer:
         """Resize factors that are fused; a scale s costs s * s times a single pass."""
         return self.model.multiscale.scales
 
-    def preprocess(self, image: ImageLike, *, scale: float | None = None) -> Tensor:
+    def preprocess(self, image: ImageInput, *, scale: float | None = None) -> Tensor:
         """The picture as the backbone takes it: float [1, 3, H, W] in [0, 1], the whole of it, resized.
 
         Args:
             image: the picture.
             scale: resize factor; the scorer's base scale (1 by default) if None.
         """
-        return self._pixels(load_image(image), self.model.multiscale.base_scale if scale is None else scale)
+        return self._images([load_image(image)], self.model.multiscale.base_scale if scale is None else scale)
 
-    def _pixels(self, picture: Image.Image, scale: float) -> Tensor:
-        size = self.model.backbone.input_size(picture.height, picture.width, scale=scale)
-        return to_tensor(picture, size)[None].to(self.model.backbone.device)
+    def _images(self, pictures: Sequence[Image.Image], scale: float) -> Tensor:
+        """Pictures of one shape at one scale, [B, 3, H, W]."""
+        size = self.model.backbone.input_size(pictures[0].height, pictures[0].width, scale=scale)
+        pixels = np.stack([to_pixels(picture, size) for picture in pictures])
+        return as_images(pixels).to(self.model.backbone.device)
 
-    def _tokens(self, pictures: Sequence[Image.Image]) -> VisualTokens:
-        """Tokens of pictures of one shape, all scales fused."""
-        levels = {
-            scale: self.model.encode_image(torch.cat([self._pixels(picture, scale) for picture in pictures]))
-            for scale in self.scales
-        }
-        return self.model.multiscale.fuse(levels)
+    def _levels(self, pictures: Sequence[Image.Image]) -> dict[float, Tensor]:
+        return {scale: self._images(pictures, scale) for scale in self.scales}
+
+    def _tokens(self, levels: Mapping[float, Tensor]) -> VisualTokens:
+        return self.model.multiscale.fuse({scale: self.model.encode_image(images) for scale, images in levels.items()})
 
     @torch.no_grad()
-    def encode_image(self, image: ImageLike) -> VisualTokens:
+    def encode_image(self, image: ImageInput) -> VisualTokens:
         """Visual tokens of one picture (B = 1), several scales fused."""
-        return self._tokens([load_image(image)])
+        return self._tokens(self._levels([load_image(image)]))
 
-    def score(self, image: ImageLike, query: str) -> RelevanceResult:
+    @torch.no_grad()
+    def score_images(self, levels: Mapping[float, Tensor], queries: Sequence[Sequence[str]]) -> list[Tensor]:
+        """Logits of a batch of prepared pictures, each for its own queries, at one pass of the vision tower a scale.
+
+        Args:
+            levels: for every one of ``scales`` the same B pictures, float [B, 3, H, W] in [0, 1], resized to the
+                backbone's ``input_size`` at that scale.
+            queries: the texts of each picture, one or more.
+
+        Returns:
+            For each picture its relevance logits, float32 [Q, h, w] on the CPU.
+
+        Raises:
+            ValueError: if the scales are not the scorer's, or there are not as many pictures as lists of queries.
+        """
+        if set(levels) != set(self.scales):
+            raise ValueError(f"levels must be the scales {self.scales}, got {tuple(levels)}.")
+        if wrong := [len(images) for images in levels.values() if len(images) != len(queries)]:
+            raise ValueError(
+                f"queries must be given for each picture, got {wrong[0]} pictures and {len(queries)} lists."
+            )
+        for texts in queries:
+            check_queries(texts)
+        tokens = self._tokens({scale: images.to(self.model.backbone.device) for scale, images in levels.items()})
+        by_count: dict[int, list[int]] = {}  # pictures with as many queries go through the head together
+        for number, texts in enumerate(queries):
+            by_count.setdefault(len(texts), []).append(number)
+        logits: dict[int, Tensor] = {}
+        for count, numbers in by_count.items():
+            chosen = tokens
+            if len(numbers) < len(tokens):
+                chosen = tokens.select(torch.tensor(numbers, device=tokens.patches.device))
+            texts_BQD = self.model.encode_text([text for n in numbers for text in queries[n]]).unflatten(0, (-1, count))
+            maps = self.model.compute_logits(chosen, texts_BQD).float().cpu().unflatten(-1, tokens.grid)
+            logits |= dict(zip(numbers, maps, strict=True))
+        return [logits[number] for number in range(len(queries))]
+
+    def score(self, image: ImageInput, query: str) -> RelevanceResult:
         """Relevance of the picture's tokens for a text."""
         return self.score_queries(image, [query])[0]
 
-    @torch.no_grad()
-    def score_queries(self, image: ImageLike, queries: Sequence[str]) -> list[RelevanceResult]:
+    def score_queries(self, image: ImageInput, queries: Sequence[str]) -> list[RelevanceResult]:
         """Relevance for several texts at the price of one pass of the vision tower."""
-        _check_queries(queries)
+        queries = check_queries(queries)
         picture = load_image(image)
-        text_1QD = self.model.encode_text(queries)[None]
-        tokens = self._tokens([picture])
-        logits_QN = self.model.compute_logits(tokens, text_1QD)[0]
-        return _results(logits_QN, tokens.grid, queries, [picture] * len(queries))
+        return _results(self.score_images(self._levels([picture]), [queries])[0], queries, picture)
 
-    @torch.no_grad()
-    def score_batch(self, images: Sequence[ImageLike], queries: Sequence[str]) -> list[RelevanceResult]:
+    def score_batch(self, images: Iterable[ImageInput], queries: Iterable[str]) -> list[RelevanceResult]:
         """Relevance for pairs of a picture and a text; pictures of one shape go through the tower together.
+
+        The pictures are all held in memory; ``arrcoc.scoring.score_many`` is for more than fit.
 
         Raises:
             ValueError: if there are not as many pictures as texts.
         """
-        _check_queries(queries)
+        if isinstance(images, str | bytes | os.PathLike | Image.Image):
+            raise ValueError(f"images must be several pictures, got a single one, {type(images).__name__}.")
+        images = list(images)
+        queries = check_queries(queries) if images else tuple(queries)
         if len(images) != len(queries):
             raise ValueError(f"images and queries must be pairs, got {len(images)} images and {len(queries)} queries.")
-        if not queries:
-            return []
         pictures = [load_image(image) for image in images]
-        texts_BD = self.model.encode_text(queries)
         by_sizes: dict[tuple[tuple[int, int], ...], list[int]] = {}
         for number, picture in enumerate(pictures):
             sizes = (self.model.backbone.input_size(picture.height, picture.width, scale=s) for s in self.scales)
@@ -170,10 +201,9 @@ class RelevanceScorer:
         results: dict[int, RelevanceResult] = {}
         chunks = [n[k : k + _BATCH] for n in by_sizes.values() for k in range(0, len(n), _BATCH)]
         for numbers in chunks:
-            tokens = self._tokens([pictures[n] for n in numbers])
-            logits_BN = self.model.compute_logits(tokens, texts_BD[numbers])
-            group = _results(logits_BN, tokens.grid, [queries[n] for n in numbers], [pictures[n] for n in numbers])
-            results |= dict(zip(numbers, group, strict=True))
+            levels = self._levels([pictures[n] for n in numbers])
+            for n, logits in zip(numbers, self.score_images(levels, [[queries[n]] for n in numbers]), strict=True):
+                results |= {n: _results(logits, [queries[n]], pictures[n])[0]}
         return [results[number] for number in range(len(pictures))]
 
 
@@ -184,7 +214,7 @@ def load_scorer(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     mode: str | None = None,
-    scales: Sequence[float] = (1.0,),
+    scales: float | Iterable[float] = (1.0,),
 ) -> RelevanceScorer:
     """Load a scorer.
 
@@ -196,20 +226,19 @@ def load_scorer(
         device: CPU if None.
         dtype: float32 if None.
         mode: how a backbone makes dense tokens; its default if None.
-        scales: resize factors whose tokens are fused, whatever a saved model was saved with; several raise quality, at
-            the cost of the sum of their squares.
+        scales: resize factors whose tokens are fused, whatever a saved model was saved with, or a single one; several
+            raise quality, at the cost of the sum of their squares.
 
     Raises:
         ValueError: for an unknown model, or a head trained on another backbone.
         FileNotFoundError: for a folder without a model.
     """
-    multiscale = FlatnessAwareMultiScale(scales)
+    multiscale = FlatnessAwareMultiScale(_as_numbers(scales))
     options: dict[str, Any] = {"device": device, "dtype": dtype}
-    folder = Path(model)
-    if os.fspath(model) != "embedded" and (folder / "config.json").is_file():
+    if _names_folder(model):
         if mode is not None:
             raise ValueError(f"mode is fixed by the saved model {str(model)!r}, got {mode!r}.")
-        loaded = RelevanceModel.from_pretrained(folder, **options)
+        loaded = RelevanceModel.from_pretrained(model, **options)
         if head is None:
             loaded = loaded.zero_shot()
         elif head != "default":
@@ -227,19 +256,38 @@ def load_scorer(
     return RelevanceScorer(loaded)
 
 
-def _check_queries(queries: Sequence[str]) -> None:
+def check_queries(queries: Iterable[str]) -> tuple[str, ...]:
+    """The queries, if they are one or more texts that say something."""
     if isinstance(queries, str):
         raise ValueError(f"queries must be a sequence of strings, got the single string {queries!r}.")
+    queries = tuple(queries)
+    if not queries:
+        raise ValueError("queries must hold at least one text, got none.")
     for query in queries:
         if not isinstance(query, str) or not query.strip():
             raise ValueError(f"a query must be a non-empty string, got {query!r}.")
+    return queries
 
 
-def _results(
-    logits_QN: Tensor, grid: tuple[int, int], queries: Sequence[str], pictures: Sequence[Image.Image]
-) -> list[RelevanceResult]:
-    maps = logits_QN.float().cpu().unflatten(-1, grid)
+def _as_numbers(scales: float | Iterable[float]) -> tuple[float, ...]:
+    try:
+        numbers = np.atleast_1d(np.asarray(scales, dtype=np.float64))
+    except (TypeError, ValueError):
+        numbers = np.empty((0, 0))
+    if numbers.ndim != 1:
+        raise ValueError(f"scales must be a number or a list of numbers, got {scales!r}.")
+    return tuple(numbers.tolist())
+
+
+def _names_folder(model: str | os.PathLike[str]) -> bool:
+    """Whether a saved model is meant, be it there or not; names of backbones have a colon and are no folders."""
+    if isinstance(model, os.PathLike):
+        return True
+    return model != "embedded" and (Path(model).is_dir() or (":" not in model and Path(model).name != model))
+
+
+def _results(logits: Tensor, queries: Sequence[str], picture: Image.Image) -> list[RelevanceResult]:
     return [
-        RelevanceResult(relevance=torch.sigmoid(logits), logits=logits, query=query, image=picture)
-        for logits, query, picture in zip(maps, queries, pictures, strict=True)
+        RelevanceResult(relevance=torch.sigmoid(map_hw), logits=map_hw, query=query, image=picture)
+        for map_hw, query in zip(logits, queries, strict=True)
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -140,6 +141,70 @@ def test_scoring_leaves_no_graph_and_no_mode() -> None:
     assert not one.model.training
 
 
-def test_unknown_model_is_refused() -> None:
+def test_batches_take_any_iterable_and_refuse_a_single_picture(tmp_path: Path) -> None:
+    one = scorer()
+    results = one.score_batch((picture() for _ in range(2)), iter(["red", "blue"]))
+    assert [result.query for result in results] == ["red", "blue"]
+    picture().save(tmp_path / "p.png")
+    for single in (picture(), str(tmp_path / "p.png"), tmp_path / "p.png"):
+        with pytest.raises(ValueError, match="images must be several pictures, got a single one, "):
+            one.score_batch(single, ["red"])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("scales", [(1.0,), (0.5, 1.0)])
+def test_prepared_pictures_score_as_pictures_do(scales: tuple[float, ...]) -> None:
+    one = scorer(scales)
+    pictures = [picture(), picture().transpose(Image.Transpose.FLIP_LEFT_RIGHT), picture()]
+    levels = {scale: torch.cat([one.preprocess(p, scale=scale) for p in pictures]) for scale in scales}
+    queries = [["red"], ["blue", "green"], ["green"]]
+    one.model.backbone.num_image_passes = 0
+    logits = one.score_images(levels, queries)
+    assert one.model.backbone.num_image_passes == len(scales)
+    for maps, image, texts in zip(logits, pictures, queries, strict=True):
+        expected = torch.stack([result.logits for result in one.score_queries(image, texts)])
+        torch.testing.assert_close(maps, expected)
+
+
+def test_prepared_pictures_that_do_not_fit() -> None:
+    one = scorer()
+    images = one.preprocess(picture())
+    with pytest.raises(ValueError, match=r"levels must be the scales \(1\.0,\), got \(0\.5,\)\."):
+        one.score_images({0.5: images}, [["red"]])
+    with pytest.raises(ValueError, match=r"queries must be given for each picture, got 1 pictures and 2 lists\."):
+        one.score_images({1.0: images}, [["red"], ["blue"]])
+    with pytest.raises(ValueError, match="queries must hold at least one text, got none"):
+        one.score_images({1.0: images}, [[]])
+
+
+@pytest.mark.parametrize(
+    ("scales", "expected"),
+    [
+        (0.5, (0.5,)),
+        (np.float32(0.5), (0.5,)),
+        (np.array([0.5, 1.0]), (0.5, 1.0)),
+        (torch.tensor([1.0]), (1.0,)),
+        ([1], (1.0,)),
+    ],
+)
+def test_scales_may_be_any_numbers(scales: Any, expected: tuple[float, ...]) -> None:
+    assert load_scorer(scales=scales).scales == expected
+
+
+@pytest.mark.parametrize("scales", ["half", [[0.5], [1.0]], [1.0, "x"]])
+def test_scales_that_are_no_numbers(scales: Any) -> None:
+    with pytest.raises(ValueError, match="scales must be a number or a list of numbers, got "):
+        load_scorer(scales=scales)
+
+
+def test_scales_that_are_numbers_but_no_scales() -> None:
+    for scales in ([], [0.0], [float("nan")], -1, None):
+        with pytest.raises(ValueError, match="scales must be one or more positive finite numbers, got "):
+            load_scorer(scales=scales)
+
+
+def test_unknown_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="backbone must be"):
         load_scorer("embeded")
+    for folder in (tmp_path, str(tmp_path), tmp_path / "absent", str(tmp_path / "absent"), Path("absent")):
+        with pytest.raises(FileNotFoundError, match=r"holds no relevance model: config\.json is missing"):
+            load_scorer(folder)

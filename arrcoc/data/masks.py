@@ -29,19 +29,40 @@ def fill_polygons(rings: Sequence[NDArray[np.floating[Any]]], height: int, width
     """
     flips = np.zeros((height, width + 1), dtype=np.uint8)
     for ring in rings:
-        x0, y0 = np.asarray(ring, dtype=np.float64).T
-        x1, y1 = np.roll(x0, -1), np.roll(y0, -1)
-        # Rows with min(y0, y1) <= row + 0.5 < max(y0, y1): half open, so that a shared vertex counts once.
-        first = np.clip(np.ceil(np.minimum(y0, y1) - 0.5), 0, height).astype(np.int64)
-        last = np.clip(np.ceil(np.maximum(y0, y1) - 0.5), 0, height).astype(np.int64)
-        num_rows = last - first
-        edge = np.repeat(np.arange(len(x0)), num_rows)
-        rows = np.arange(len(edge)) - np.repeat(np.cumsum(num_rows) - num_rows, num_rows) + first[edge]
-        share = (rows + 0.5 - y0[edge]) / (y1 - y0)[edge]
-        crossings = x0[edge] + share * (x1 - x0)[edge]
-        columns = np.clip(np.ceil(crossings - 0.5), 0, width).astype(np.int64)
+        _, rows, columns = _crossings([ring], height, width)
         np.bitwise_xor.at(flips, (rows, columns), 1)
     return np.bitwise_xor.accumulate(flips[:, :width], axis=1).view(np.bool_)
+
+
+def count_polygons(rings: Sequence[NDArray[np.floating[Any]]], height: int, width: int) -> NDArray[np.int64]:
+    """Number of pixels inside each ring, [R]: the sum of ``fill_polygons([ring])``, from the crossings alone."""
+    ring, rows, columns = _crossings(rings, height, width)
+    # An outline crosses a row an even number of times: sorted, the crossings pair up as entry and exit.
+    order = np.sort((ring * height + rows) * (width + 1) + columns)
+    lengths = order[1::2] - order[::2]
+    owner = order[::2] // (height * (width + 1))
+    return np.bincount(owner, weights=lengths, minlength=len(rings)).astype(np.int64)
+
+
+def _crossings(
+    rings: Sequence[NDArray[np.floating[Any]]], height: int, width: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Where outlines cross the rows of pixel centres: number of the ring, row, first column right of the crossing."""
+    sizes = np.array([len(ring) for ring in rings])
+    starts = np.cumsum(sizes) - sizes
+    x0, y0 = np.concatenate([np.zeros((0, 2)), *rings]).T
+    following = np.arange(1, len(x0) + 1)
+    following[starts + sizes - 1] = starts  # the last point is joined to the first
+    x1, y1 = x0[following], y0[following]
+    # Rows with min(y0, y1) <= row + 0.5 < max(y0, y1): half open, so that a shared vertex counts once.
+    first = np.clip(np.ceil(np.minimum(y0, y1) - 0.5), 0, height).astype(np.int64)
+    last = np.clip(np.ceil(np.maximum(y0, y1) - 0.5), 0, height).astype(np.int64)
+    num_rows = last - first
+    edge = np.repeat(np.arange(len(x0)), num_rows)
+    rows = np.arange(len(edge)) - np.repeat(np.cumsum(num_rows) - num_rows, num_rows) + first[edge]
+    share = (rows + 0.5 - y0[edge]) / (y1 - y0)[edge]
+    columns = np.clip(np.ceil(x0[edge] + share * (x1 - x0)[edge] - 0.5), 0, width).astype(np.int64)
+    return np.repeat(np.arange(len(rings)), sizes)[edge], rows, columns
 
 
 def uncompress_counts(text: str) -> list[int]:
@@ -69,22 +90,59 @@ def uncompress_counts(text: str) -> list[int]:
     return counts
 
 
-def decode_run_lengths(counts: Sequence[int] | str, height: int, width: int) -> Mask:
-    """Mask from run lengths of 0, 1, 0, ... down the columns, as a list or as COCO's compressed string.
-
-    Returns:
-        bool array [height, width].
+def check_run_lengths(counts: Sequence[int] | str, height: int, width: int) -> NDArray[np.int64]:
+    """Run lengths of 0, 1, 0, ... down the columns as an array, from a list or from COCO's compressed string.
 
     Raises:
         ValueError: if the runs are negative or do not sum to height * width.
     """
-    runs = np.asarray(uncompress_counts(counts) if isinstance(counts, str) else counts, dtype=np.int64)
+    try:
+        runs = np.array(uncompress_counts(counts) if isinstance(counts, str) else counts).astype(
+            np.int64, casting="safe"
+        )
+    except TypeError:
+        raise ValueError(f"run lengths must be whole numbers, got {counts!r}.") from None
     if runs.min(initial=0) < 0 or runs.sum() != height * width:
         raise ValueError(
             f"run lengths must be >= 0 and sum to {height} * {width} = {height * width}, got {runs.sum()}."
         )
+    return runs
+
+
+def decode_run_lengths(counts: Sequence[int] | str, height: int, width: int) -> Mask:
+    """Mask [height, width] from run lengths; raises as `check_run_lengths`."""
+    runs = check_run_lengths(counts, height, width)
     flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
     return np.ascontiguousarray(flat.reshape(width, height).T)
+
+
+def segmentation_counts(segmentation: Mapping[str, Any], height: int, width: int) -> Sequence[int] | str:
+    """The run lengths of a COCO ``segmentation``, made for a picture of this size."""
+    size = segmentation.get("size")
+    if list(size or []) != [height, width]:
+        raise ValueError(f"run-length size must be {[height, width]}, as the picture, got {size!r}.")
+    counts = segmentation.get("counts")
+    if not isinstance(counts, str | list):
+        raise ValueError(f"run-length counts must be a list or a string, got {counts!r}.")
+    return counts
+
+
+def segmentation_rings(segmentation: object) -> list[NDArray[np.float64]]:
+    """The polygons of a COCO ``segmentation``, each [P, 2]."""
+    if not isinstance(segmentation, list) or not segmentation:
+        raise ValueError(f"segmentation must be polygons or run lengths, got {segmentation!r}.")
+    rings = []
+    for polygon in segmentation:
+        if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
+            raise ValueError(f"a polygon must be [x, y, x, y, ...] with at least 3 points, got {polygon!r}.")
+        try:
+            ring = np.array(polygon, dtype=np.float64).reshape(-1, 2)
+        except (TypeError, ValueError):
+            raise ValueError(f"a polygon's coordinates must be numbers, got {polygon!r}.") from None
+        if not np.isfinite(ring).all():
+            raise ValueError(f"a polygon's coordinates must be finite, got {polygon!r}.")
+        rings.append(ring)
+    return rings
 
 
 def decode_segmentation(segmentation: object, height: int, width: int) -> Mask:
@@ -94,21 +152,8 @@ def decode_segmentation(segmentation: object, height: int, width: int) -> Mask:
         ValueError: if it is neither, empty, or made for a picture of another size.
     """
     if isinstance(segmentation, Mapping):
-        size = segmentation.get("size")
-        if list(size or []) != [height, width]:
-            raise ValueError(f"run-length size must be {[height, width]}, as the picture, got {size!r}.")
-        counts = segmentation.get("counts")
-        if not isinstance(counts, str | list):
-            raise ValueError(f"run-length counts must be a list or a string, got {counts!r}.")
-        return decode_run_lengths(counts, height, width)
-    if not isinstance(segmentation, list) or not segmentation:
-        raise ValueError(f"segmentation must be polygons or run lengths, got {segmentation!r}.")
+        return decode_run_lengths(segmentation_counts(segmentation, height, width), height, width)
     mask = np.zeros((height, width), dtype=np.bool_)
-    for polygon in segmentation:
-        if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
-            raise ValueError(f"a polygon must be [x, y, x, y, ...] with at least 3 points, got {polygon!r}.")
-        ring = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
-        if not np.isfinite(ring).all():
-            raise ValueError(f"a polygon's coordinates must be finite, got {polygon!r}.")
+    for ring in segmentation_rings(segmentation):
         mask |= fill_polygons([ring], height, width)
     return mask

@@ -1,0 +1,213 @@
+"""Manifests: JSON lines that name a picture, a text and where its answer is; indexed by byte offset, read on demand.
+
+{"image": "a.jpg", "text": "a red cup", "mask": "a_cup.png"}
+{"image": "b.jpg", "queries": [{"text": "dog", "boxes": [[10, 20, 64, 48]]}, {"text": "cat", "absent": true}]}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from arrcoc.data.pictures import PictureSource
+from arrcoc.data.records import Record
+from arrcoc.data.regions import KINDS, Region
+from arrcoc.data.skips import ItemError, Skips
+
+_QUERY_KEYS = ("text", "absent", *KINDS)
+_LINE_KEYS = ("image", "name", "queries", "meta")
+
+Queries = dict[str, tuple[Region, ...] | None]
+
+
+def parse_queries(entry: Mapping[str, Any], open_mask: Callable[[Any], PictureSource]) -> Queries:
+    """The texts and regions of a manifest line, or of anything that is written like one.
+
+    Args:
+        entry: has "text", or "queries" with a list of {"text": ...}, or neither. Beside a text stand any of "mask",
+            "boxes", "polygons" and "rle", whose union is the answer; or "absent": true; or nothing, if the text can only
+            be scored.
+        open_mask: what "mask" holds -> the mask picture.
+
+    Returns:
+        as the ``queries`` of a `Record`.
+
+    Raises:
+        ItemError: if a key is unknown, a text is empty or stands twice, or a value has the wrong type.
+    """
+    queries: Queries = {}
+    if entry.get("queries") is None:
+        parts = [entry] if any(entry.get(key) is not None for key in _QUERY_KEYS) else []
+    else:
+        parts = entry["queries"]
+        beside = [key for key in _QUERY_KEYS if entry.get(key) is not None]
+        if beside:
+            raise ItemError(f'"{beside[0]}" must stand inside "queries", not beside it.', reason="bad key")
+        if not isinstance(parts, list) or not all(isinstance(part, Mapping) for part in parts):
+            raise ItemError(f'"queries" must be a list of {{"text": ...}}, got {parts!r}.', reason="bad value")
+        for part in parts:
+            check_keys(part, _QUERY_KEYS)
+    for part in parts:
+        text = part.get("text")
+        if not isinstance(text, str) or not text.strip():
+            raise ItemError(f'"text" must be a text that is not empty, got {text!r}.', reason="no text")
+        add_queries(queries, {text.strip(): _regions(part, open_mask)})
+    return queries
+
+
+def add_queries(queries: Queries, more: Queries) -> None:
+    """Put further texts of the same picture to the others; a text may stand once."""
+    for text, regions in more.items():
+        if text in queries:
+            message = f"{text!r} is asked for twice; give all its regions in one place."
+            raise ItemError(message, reason="query twice")
+        queries[text] = regions
+
+
+def check_keys(entry: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Refuse a key that nobody reads, and say which one may have been meant."""
+    for key in entry:
+        if key not in known:
+            close = get_close_matches(str(key), known, n=1)
+            hint = f'did you mean "{close[0]}"?' if close else f"known keys are {', '.join(known)}."
+            raise ItemError(f"unknown key {key!r}; {hint}", reason="bad key")
+
+
+def _regions(part: Mapping[str, Any], open_mask: Callable[[Any], PictureSource]) -> tuple[Region, ...] | None:
+    regions = []
+    for kind in KINDS:
+        value = part.get(kind)
+        if value is None:
+            continue
+        if kind == "mask":
+            regions.append(Region(kind=kind, value=open_mask(value)))
+            continue
+        if not isinstance(value, list | Mapping) or not value:
+            hint = 'for a text that names nothing in the picture write "absent": true'
+            raise ItemError(f'"{kind}" must not be empty, got {value!r}; {hint}.', reason="region broken")
+        several = kind == "rle" and isinstance(value, list)
+        regions += [Region(kind=kind, value=one) for one in (value if several else [value])]
+    absent = part.get("absent")
+    if absent not in (None, True, False):
+        raise ItemError(f'"absent" must be true or false, got {absent!r}.', reason="bad value")
+    if absent and regions:
+        raise ItemError(f'"absent": true and "{regions[0].kind}" exclude each other.', reason="bad value")
+    return tuple(regions) if regions or absent else None
+
+
+class ManifestRecords(Sequence[Record]):
+    """The pictures of a manifest in the order of their first lines; the lines of one picture are united.
+
+    One pass over the file checks every line and keeps 24 bytes of each; records are read again when asked for.
+
+    Args:
+        path: the manifest, UTF-8; paths in it are relative to its folder. Empty lines do not count.
+        skips: where broken lines are counted.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if a line is broken and broken items are not skipped.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], skips: Skips) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"there is no manifest {str(self.path)!r}.")
+        offsets, lines, owners = array("q"), array("q"), array("q")
+        numbers: dict[str, int] = {}
+        with self.path.open("rb") as file:
+            offset = 0
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    try:
+                        image = self._parse(line, number)[0]["image"]
+                    except ItemError as error:
+                        skips.add_broken(f"line {number}", error)
+                    else:
+                        owners.append(numbers.setdefault(image, len(numbers)))
+                        offsets.append(offset)
+                        lines.append(number)
+                offset += len(line)
+        order = np.argsort(np.asarray(owners), kind="stable")
+        self._offsets = np.asarray(offsets)[order]
+        self._lines = np.asarray(lines)[order]
+        self._starts = np.searchsorted(np.asarray(owners)[order], np.arange(len(numbers) + 1))
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        queries: Queries = {}
+        entry: dict[str, Any] = {}
+        name = None
+        with self.path.open("rb") as file:
+            for place in range(self._starts[index], self._starts[index + 1]):
+                file.seek(self._offsets[place])
+                entry, more = self._parse(file.readline(), self._lines[place])
+                if name not in (None, entry.get("name", name)):
+                    message = f'"name" must be the same on all lines of {entry["image"]!r}, got {entry["name"]!r}.'
+                    raise ItemError(message, reason="bad value", name=f"line {self._lines[place]}")
+                name = entry.get("name", name)
+                try:
+                    add_queries(queries, more)
+                except ItemError as error:
+                    error.name = f"line {self._lines[place]}"
+                    raise
+        return Record(name=name or entry["image"], image=self.path.parent / entry["image"], queries=queries)
+
+    def _parse(self, line: bytes, number: int) -> tuple[dict[str, Any], Queries]:
+        try:
+            entry = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except UnicodeDecodeError as error:
+            raise ItemError(f"the line is not UTF-8: {error}.", reason="line unreadable") from error
+        except ValueError as error:
+            raise ItemError(f"the line is not JSON: {error}.", reason="line unreadable") from error
+        if not isinstance(entry, dict):
+            raise ItemError(f"the line must be a JSON object, got {entry!r}.", reason="line unreadable")
+        check_keys(entry, (*_LINE_KEYS, *_QUERY_KEYS))
+        for key in ("image", "name"):
+            value = entry.get(key, None if key == "image" else "any")
+            if not isinstance(value, str) or not value:
+                raise ItemError(f'"{key}" must be a text that is not empty, got {value!r}.', reason="bad value")
+        return entry, parse_queries(entry, self._open_mask)
+
+    def _open_mask(self, value: object) -> Path:
+        if not isinstance(value, str) or not value:
+            raise ItemError(f'"mask" must be the path of a picture, got {value!r}.', reason="bad value")
+        return self.path.parent / value
+
+
+def read_manifest(path: str | os.PathLike[str], *, skips: Skips | None = None) -> Iterator[Record]:
+    """The pictures of a manifest, one after the other, in flat memory: 24 bytes a line.
+
+    Args:
+        path: the manifest; see `ManifestRecords`.
+        skips: says whether broken items raise, and counts them; None raises.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if a line is broken and broken items are not skipped.
+    """
+    skips = Skips() if skips is None else skips
+    return _each(ManifestRecords(path, skips), skips)
+
+
+def _each(records: Sequence[Record], skips: Skips) -> Iterator[Record]:
+    for number in range(len(records)):
+        try:
+            yield records[number]
+        except ItemError as error:
+            skips.add_broken(f"picture {number}", error)

@@ -1,0 +1,139 @@
+"""Where something is in a picture: polygons, run lengths, boxes or a mask picture, in JSON form, as a bool mask.
+
+Pixel (row, column) spans [column, column + 1] x [row, row + 1]. It belongs to a polygon or box if its centre does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arrcoc.data.masks import (
+    Mask,
+    check_run_lengths,
+    count_polygons,
+    decode_segmentation,
+    segmentation_counts,
+    segmentation_rings,
+)
+from arrcoc.data.pictures import describe, open_picture
+from arrcoc.data.skips import ItemError
+
+KINDS = ("mask", "boxes", "polygons", "rle")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class Region:
+    """One region of a picture, as it is written down.
+
+    Args:
+        kind: its form.
+
+            - "mask": a picture (path, bytes or PIL) of the picture's size; what is not zero is inside.
+            - "boxes": [[x, y, width, height], ...] in pixels, their union; may leave the picture.
+            - "polygons": [[x, y, x, y, ...], ...] in pixels, their union; may leave the picture.
+            - "rle": {"size": [height, width], "counts": ...}, COCO's run lengths, a list or compressed.
+        value: the region in that form.
+    """
+
+    kind: str
+    value: Any
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}.")
+
+    def decode(self, height: int, width: int) -> Mask:
+        """The region as a mask.
+
+        Args:
+            height, width: of the picture, in pixels.
+
+        Returns:
+            bool array [height, width].
+
+        Raises:
+            ItemError: if the region is broken or made for a picture of another size.
+        """
+        if self.kind == "mask":
+            return _read_mask(self.value, height, width)
+        try:
+            if self.kind == "boxes":
+                mask = np.zeros((height, width), dtype=np.bool_)
+                for top, bottom, left, right in _box_edges(self.value, height, width).tolist():
+                    mask[top:bottom, left:right] = True
+                return mask
+            return decode_segmentation(self.value, height, width)
+        except ValueError as error:
+            raise ItemError(str(error), reason="region broken") from error
+
+    def count(self, height: int, width: int) -> tuple[int, int]:
+        """Least and greatest number of pixels of the region, from its outlines; a mask picture is decoded.
+
+        The two are equal unless the region has several parts, which may overlap.
+
+        Raises:
+            ItemError: as `decode`.
+        """
+        if self.kind == "mask":
+            parts = np.array([np.count_nonzero(self.decode(height, width))])
+        else:
+            try:
+                parts = self._count_parts(height, width)
+            except ValueError as error:
+                raise ItemError(str(error), reason="region broken") from error
+        return int(parts.max()), min(int(parts.sum()), height * width)
+
+    def _count_parts(self, height: int, width: int) -> NDArray[np.int64]:
+        if self.kind == "boxes":
+            top, bottom, left, right = _box_edges(self.value, height, width).T
+            return (bottom - top) * (right - left)
+        if self.kind == "polygons":
+            return count_polygons(segmentation_rings(self.value), height, width)
+        counts = segmentation_counts(self.value, height, width)
+        return check_run_lengths(counts, height, width)[1::2].sum(keepdims=True)
+
+
+def unite(regions: Sequence[Region], height: int, width: int) -> Mask:
+    """The union of regions as a bool array [height, width]; all False for none."""
+    mask = np.zeros((height, width), dtype=np.bool_)
+    for region in regions:
+        mask |= region.decode(height, width)
+    return mask
+
+
+def _box_edges(boxes: object, height: int, width: int) -> NDArray[np.int64]:
+    """First and last row and column of each box, [B, 4] as (top, bottom, left, right), the last ones excluded."""
+    if not isinstance(boxes, list) or not boxes:
+        raise ValueError(f"boxes must be [[x, y, width, height], ...], at least one, got {boxes!r}.")
+    for box in boxes:
+        numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(side, int | float) for side in box)
+        if not numbers or not np.isfinite(box).all() or min(box[2:]) <= 0:
+            raise ValueError(f"a box must be [x, y, width, height] with width and height > 0, got {box!r}.")
+    x, y, box_width, box_height = np.array(boxes, dtype=np.float64).T
+    edges = np.stack([y, y + box_height, x, x + box_width], axis=1)
+    return np.clip(np.ceil(edges - 0.5), 0, [height, height, width, width]).astype(np.int64)
+
+
+def _read_mask(source: Any, height: int, width: int) -> Mask:
+    try:
+        with open_picture(source) as picture:
+            if (picture.height, picture.width) != (height, width):
+                raise ItemError(
+                    f"mask {describe(source)} must have the picture's (height, width) {height, width}, "
+                    f"got {picture.height, picture.width}.",
+                    reason="mask of another size",
+                )
+            pixels = np.asarray(
+                picture if picture.mode in ("1", "L", "P", "I", "I;16", "F") else picture.convert("RGB")
+            )
+    except ItemError as error:
+        if error.reason == "mask of another size":
+            raise
+        raise ItemError(f"mask: {error}", reason=error.reason.replace("picture", "mask")) from error
+    inside: Mask = pixels != 0
+    return inside if inside.ndim == 2 else inside.any(axis=2)

@@ -5,15 +5,18 @@ Axes: B images, N tokens, D joint width, Q texts.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import floor, isfinite
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arrcoc.backbones.dense import MODES
+from arrcoc.backbones.towers import Tower
 from arrcoc.tokens import VisualTokens
 
 _RANGE_TOLERANCE = 1e-3  # bicubic resampling and half precision overshoot [0, 1] by about this much
@@ -24,19 +27,24 @@ class Backbone(nn.Module, ABC):
     """A frozen CLIP-like model, used as it is; similarity is always the dot product patches @ query.
 
     Nothing here changes the wrapped model: no weight, no ``requires_grad`` flag, no mode of any part. ``train()``
-    therefore stops at the backbone, and tokens are computed without a graph (they can enter one later).
+    therefore stops at the backbone, and tokens are computed without a graph (they can enter one later). Fine-tuning
+    works on a `trainable_copy`.
+
+    ``torch.compile(backbone)`` works without a graph break. One check is left out there: values outside [0, 1] cannot be
+    seen from inside a graph.
 
     Attributes:
         model: the wrapped model, in eval mode.
+        tower: its image tower, read token by token; None where a subclass encodes pixels by itself.
         spec: what `load_backbone` was asked for, e.g. ``"embedded"`` or ``"open_clip:ViT-B-16/openai"``.
-        mode: how patch tokens are read off the tower, e.g. ``"raw"``.
+        mode: how patch tokens are read off the tower, e.g. ``"raw"``; one of ``modes``.
         embed_dim: width D of the joint space.
         stride: (height, width) of a token in pixels.
         tokens_per_side: tokens along the longest side of a picture at scale 1.
-        orientation: +1 or -1. A token's dot product with the query times the orientation grows with relevance. Towers
-            that average their tokens have +1. CLIPs that pool by a class token have -1: the raw patches of such a model
-            are more similar to a text where the picture does *not* show it (Li et al. 2023, CLIP Surgery, "opposite
-            visualization"). Tokens are returned as they are; who scores multiplies.
+        orientation: +1 or -1. A token's dot product with the query times the orientation grows with relevance. It is -1
+            for raw patches of a CLIP that pools by a class token: these are more similar to a text where the picture
+            does *not* show it (Li et al. 2023, CLIP Surgery, "opposite visualization"). All other modes and poolings
+            have +1. Tokens are returned as they are; who scores multiplies.
         normalize_patches: True if patches come with unit norm. False where their plain mean is the image embedding:
             there the length of a token says how much it contributes, and the plain dot product ranks better.
         logit_scale: the model's own s in  s * similarity + b  (after exp, > 0).
@@ -45,6 +53,7 @@ class Backbone(nn.Module, ABC):
     """
 
     model: nn.Module
+    tower: Tower | None
     spec: str
     mode: str
     embed_dim: int
@@ -60,20 +69,45 @@ class Backbone(nn.Module, ABC):
     def __init__(self) -> None:
         super().__init__()
         self.training = False
+        self.tower = None
+        self.num_trained = 0
         self._fingerprint: str | None = None
+        self._text_origin: Tensor | None = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Backbone:
         """What ``to`` and its kin call: the fingerprint is that of the weights before they are rounded."""
         self.fingerprint()
+        self._text_origin = None
         return super()._apply(fn, recurse)  # type: ignore[no-any-return,no-untyped-call]
 
-    @abstractmethod
     def _encode_pixels(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Patch tokens [B, N, D] in row-major order and image embeddings [B, D] of normalised pixels [B, 3, H, W]."""
+        tower = self._require_tower()
+        with torch.no_grad():  # what comes before the trained blocks needs no graph
+            features = tower.features(pixels, self.num_trained)
+        return tower.finish(features, tower.grid_of(pixels), self.num_trained)
 
     @abstractmethod
     def _encode_texts(self, texts: list[str]) -> Tensor:
         """Text embeddings [Q, D] of any norm."""
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """The dense modes that this tower offers."""
+        return (self.mode,) if self.tower is None else self.tower.modes
+
+    @property
+    def text_origin(self) -> Tensor | None:
+        """What is subtracted from queries before scoring: unit-norm [D] of the empty text, or None for no such thing.
+
+        Mode "surgery" scores the difference that a text makes, F . (t - t_empty): feature surgery of a single text (Li et
+        al. 2023). Every other mode has None.
+        """
+        if self.mode not in MODES or not MODES[self.mode].from_empty_text:
+            return None
+        if self._text_origin is None:
+            self._text_origin = self.encode_text([""])[0]
+        return self._text_origin
 
     @property
     def device(self) -> torch.device:
@@ -117,9 +151,8 @@ class Backbone(nn.Module, ABC):
             _tokens(width * fit / self.stride[1]) * self.stride[1],
         )
 
-    @torch.no_grad()
     def forward(self, images: Tensor) -> VisualTokens:
-        """Patch tokens and image embedding of a batch.
+        """Patch tokens and image embedding of a batch; a graph is kept by a `trainable_copy` alone.
 
         Args:
             images: float tensor [B, 3, H, W] in [0, 1], not normalised; H and W any multiples of `stride`.
@@ -132,13 +165,117 @@ class Backbone(nn.Module, ABC):
             ValueError: if shape, type, range or size are wrong.
         """
         self._check_images(images)
-        wide = torch.promote_types(self.dtype, torch.float32)
-        mean, std = (torch.tensor(s, device=self.device, dtype=wide)[:, None, None] for s in (self.mean, self.std))
-        pixels = ((images.to(mean) - mean) / std).to(self.dtype)
-        patches, pooled = (tokens.to(wide) for tokens in self._encode_pixels(pixels))
-        if self.normalize_patches:
-            patches = F.normalize(patches, dim=-1)
-        return VisualTokens(patches, pooled, (images.shape[2] // self.stride[0], images.shape[3] // self.stride[1]))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.num_trained > 0):
+            patches, pooled = self._encode_pixels(self._normalise(images))
+            return self._as_tokens(patches, pooled, self._grid_of(images))
+
+    def encode_batch(self, images: Sequence[Tensor]) -> list[VisualTokens]:
+        """Tokens of pictures of any sizes: pictures of one size go through the tower together.
+
+        Args:
+            images: at least one float tensor [3, H, W] in [0, 1]; H and W multiples of `stride`, each its own.
+
+        Returns:
+            One VisualTokens of batch 1 an image, in the order of the images.
+
+        Raises:
+            ValueError: if images is empty or one of them is not such a tensor.
+        """
+        images = list(images)
+        if not images:
+            raise ValueError(f"images must hold at least one tensor [3, H, W], got {images!r}.")
+        for number, image in enumerate(images):
+            if not isinstance(image, Tensor) or image.ndim != 3:
+                got = list(image.shape) if isinstance(image, Tensor) else type(image).__name__
+                raise ValueError(f"images[{number}] must be a tensor [3, H, W], got {got}.")
+        alike: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
+        for number, image in enumerate(images):
+            alike.setdefault((image.shape, image.dtype), []).append(number)
+        tokens: dict[int, VisualTokens] = {}
+        for numbers in alike.values():
+            batch: VisualTokens = self(torch.stack([images[number] for number in numbers]))
+            for row, number in enumerate(numbers):
+                tokens[number] = VisualTokens(batch.patches[row : row + 1], batch.pooled[row : row + 1], batch.grid)
+        return [tokens[number] for number in range(len(images))]
+
+    @torch.no_grad()
+    def encode_features(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """What enters the trained blocks, for `finish`: it does not change while they are trained and can be kept.
+
+        Args:
+            images: as in `forward`.
+
+        Returns:
+            Features of the tower's own shape, batch first, and the grid.
+
+        Raises:
+            ValueError: as in `forward`, or if this backbone has no tower in parts.
+        """
+        self._check_images(images)
+        return self._require_tower().features(self._normalise(images), self.num_trained), self._grid_of(images)
+
+    def finish(self, features: Tensor, grid: tuple[int, int]) -> VisualTokens:
+        """Tokens from `encode_features` of this backbone; finish(*encode_features(images)) equals forward(images).
+
+        Raises:
+            ValueError: if this backbone has no tower in parts.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.num_trained > 0):
+            return self._as_tokens(*self._require_tower().finish(features, grid, self.num_trained), grid)
+
+    def trainable_copy(self, num_blocks: int) -> Backbone:
+        """A backbone with its own copy of the last blocks, to be trained; this one stays as it is.
+
+        The copy shares the memory of all other weights (until one of the two is moved or cast), keeps a graph in `forward`
+        and `finish`, and has the fingerprint of the weights that it starts from. Parameters with ``requires_grad`` are
+        those of the last blocks and of what follows them in the image tower. It stays in eval mode: statistics of batch
+        norms are frozen, and nothing is dropped.
+
+        Args:
+            num_blocks: transformer blocks, or stages of a convolutional tower, counted from the end; >= 1.
+
+        Raises:
+            ValueError: if num_blocks does not fit, or the tower cannot be trained in parts.
+        """
+        tower = self._require_tower()
+        if not 1 <= num_blocks <= tower.num_blocks:
+            raise ValueError(f"num_blocks must be in 1..{tower.num_blocks}, got {num_blocks!r}.")
+        self.fingerprint()
+        own = {id(parameter) for parameter in tower.last_parameters(num_blocks)}
+        shared = {name: value for name, value in vars(self).items() if name == "tokenizer"}
+        memo: dict[int, object] = {id(value): value for value in shared.values()}
+        for parameter in self.model.parameters():
+            value = parameter.detach()
+            memo[id(parameter)] = nn.Parameter(value.clone() if id(parameter) in own else value, id(parameter) in own)
+        memo |= {id(buffer): buffer.detach() for buffer in self.model.buffers()}
+        twin = copy.deepcopy(self, memo)
+        twin.num_trained = num_blocks
+        return twin
+
+    def trained_state_dict(self) -> dict[str, Tensor]:
+        """The tensors that a `trainable_copy` owns, by their names in the wrapped model; empty for any other backbone."""
+        if not self.num_trained:
+            return {}
+        own = {id(parameter) for parameter in self._require_tower().last_parameters(self.num_trained)}
+        return {name: value.detach() for name, value in self.model.named_parameters() if id(value) in own}
+
+    @torch.no_grad()
+    def load_trained(self, state: Mapping[str, Tensor]) -> None:
+        """Fill in what `trained_state_dict` of a copy with as many trained blocks gave.
+
+        Raises:
+            ValueError: if names or shapes are not those of this copy.
+        """
+        mine = self.trained_state_dict()
+        if wrong := sorted(set(mine) ^ set(state)):
+            raise ValueError(
+                f"state must hold exactly the {len(mine)} trained tensors of this copy, differs in {wrong[0]!r}."
+            )
+        for name, value in mine.items():
+            if state[name].shape != value.shape:
+                raise ValueError(f"state[{name!r}] must have shape {list(value.shape)}, got {list(state[name].shape)}.")
+        for name, value in mine.items():
+            value.copy_(state[name])
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str]) -> Tensor:
@@ -177,6 +314,26 @@ class Backbone(nn.Module, ABC):
             self._fingerprint = digest.hexdigest()[:16]
         return self._fingerprint
 
+    def _require_tower(self) -> Tower:
+        if self.tower is None:
+            raise ValueError(
+                f"backbone {self.spec!r} has no tower in parts: it cannot be trained or read block by block."
+            )
+        return self.tower
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        wide = torch.promote_types(self.dtype, torch.float32)
+        mean, std = (torch.tensor(s, device=self.device, dtype=wide)[:, None, None] for s in (self.mean, self.std))
+        return ((images.to(mean) - mean) / std).to(self.dtype)
+
+    def _grid_of(self, images: Tensor) -> tuple[int, int]:
+        return (images.shape[2] // self.stride[0], images.shape[3] // self.stride[1])
+
+    def _as_tokens(self, patches: Tensor, pooled: Tensor, grid: tuple[int, int]) -> VisualTokens:
+        wide = torch.promote_types(self.dtype, torch.float32)
+        patches = F.normalize(patches.to(wide), dim=-1) if self.normalize_patches else patches.to(wide)
+        return VisualTokens(patches, pooled.to(wide), grid)
+
     def _check_images(self, images: Tensor) -> None:
         if not isinstance(images, Tensor) or not images.is_floating_point():
             kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
@@ -189,6 +346,8 @@ class Backbone(nn.Module, ABC):
                 f"images must have height a multiple of {height} and width a multiple of {width}, "
                 f"got {tuple(images.shape[2:])}; resize them to input_size(height, width)."
             )
+        if torch.compiler.is_compiling():
+            return
         low, high = (value.item() for value in images.aminmax())
         if not (low >= -_RANGE_TOLERANCE and high <= 1 + _RANGE_TOLERANCE):
             raise ValueError(f"images must lie in [0, 1], got values from {low} to {high}.")

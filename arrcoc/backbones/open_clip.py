@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from arrcoc.backbones.base import Backbone
-from arrcoc.backbones.open_clip_towers import ConvolutionalTower, check_config, find_tower
+from arrcoc.backbones.open_clip_towers import check_config, find_tower
+from arrcoc.backbones.timm_towers import ConvolutionalTower
 
-MODES = ("raw",)
 _CONVOLUTIONAL_TOKENS_PER_SIDE = 14  # 448 px at stride 32: what average-pooled towers see best of small things
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pth", "*.pt")
 _GET_WEIGHTS = "Download {file} where the network works and load it as {spec!r}, or use 'embedded', which is offline."
@@ -30,7 +30,8 @@ class OpenClipBackbone(Backbone):
         tokenizer: list of str -> token numbers [Q, context], e.g. ``open_clip.get_tokenizer(name)``.
         spec: name stored in checkpoints.
         mean, std: channel statistics; None takes those that open_clip left on the model (``visual.preprocess_cfg``).
-        mode: ``"raw"``, tokens as the tower gives them (None: the tower's default, ``"raw"``).
+        mode: how patch tokens are read, one of dense.py's modes; None for the tower's default: ``"clearclip"`` where a
+            class token is pooled, ``"raw"`` elsewhere. Convolutional towers offer ``"raw"`` alone.
         tokens_per_side: tokens along a picture's longest side at scale 1; None: the native grid of a transformer, at
             least 14 for a convolutional tower.
 
@@ -55,21 +56,19 @@ class OpenClipBackbone(Backbone):
         tokens_per_side: int | None = None,
     ) -> None:
         super().__init__()
-        if mode not in (None, *MODES):
-            raise ValueError(f"mode must be one of {MODES} or None, got {mode!r}.")
         if tokens_per_side is not None and tokens_per_side < 1:
             raise ValueError(f"tokens_per_side must be >= 1, got {tokens_per_side!r}.")
         if training := [name or "model" for name, module in model.named_modules() if module.training]:
             raise ValueError(f"model must be in eval mode, got training mode in {training[0]!r}; call model.eval().")
         visual = cast(nn.Module, model.visual)
-        tower = find_tower(visual)
+        tower = find_tower(visual, mode)
         native = max(tower.native_grid)
         if isinstance(tower, ConvolutionalTower):
             native = max(native, _CONVOLUTIONAL_TOKENS_PER_SIDE)
         scale, bias = cast(Tensor, model.logit_scale), cast("Tensor | None", getattr(model, "logit_bias", None))
 
-        self.model, self.tokenizer, self._tower = model, tokenizer, tower
-        self.spec, self.mode = spec, mode or MODES[0]
+        self.model, self.tokenizer, self.tower = model, tokenizer, tower
+        self.spec, self.mode = spec, tower.mode
         self.stride, self.orientation = tower.stride, tower.orientation
         self.normalize_patches = tower.normalize_patches
         self.tokens_per_side = tokens_per_side or native
@@ -80,9 +79,6 @@ class OpenClipBackbone(Backbone):
             self.embed_dim = self._encode_texts(["a"]).shape[-1]
         except (RuntimeError, IndexError) as error:  # wrong context length, numbers beyond the vocabulary
             raise ValueError(f"tokenizer must be the model's own, but its numbers do not fit: {error}") from error
-
-    def _encode_pixels(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        return self._tower(pixels)
 
     @torch.no_grad()
     def _encode_texts(self, texts: list[str]) -> Tensor:

@@ -1,53 +1,45 @@
-"""How each kind of open_clip image tower gives patch tokens in the joint space, at any size, without being touched.
+"""open_clip's own image towers in parts: VisionTransformer, with class token, average or CoCa's attentional pooler.
 
-Two kinds work. A convolutional tower of timm averages its map: token i is what the tower would say if its pooling saw
-cell i alone. An open_clip VisionTransformer has its last block's patches sent the way of its class token, through
-ln_post and proj; positional embeddings are resampled for the grid at hand.
+A tower of timm inside open_clip is read by timm_towers.py.
 
-Axes: B images, C width of the tower, N tokens, D joint width, h and w grid, H and W pixels.
+Axes: B images, T tokens inside the tower (P prefix, then N patches), C width, D joint width, A heads, K width of a head.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from arrcoc.backbones.dense import Block
+from arrcoc.backbones.positions import resample_positions
+from arrcoc.backbones.timm_towers import TIMM_POOLINGS, timm_tower
+from arrcoc.backbones.towers import Tower, TransformerTower
+
 _SUPPORTED = (
-    "Towers that work: VisionTransformer pooled by class token or average (ViT-B-32, ViT-B-16, ViT-L-14, ...) and "
-    "convolutional timm towers with average pooling (tf_efficientnet_lite0, convnext_*, MobileCLIP-S1, ...)."
+    "Towers that work: open_clip's VisionTransformer pooled by class token, average or CoCa's attentional pooler "
+    "(ViT-B-32, ViT-L-14, coca_ViT-L-14, ...); timm's VisionTransformer and Eva pooled by class token, average or map "
+    "(ViT-B-16-SigLIP2, EVA02-B-16, PE-Core-B-16, ...); convolutional timm towers with average pooling "
+    "(tf_efficientnet_lite0, convnext_*, MobileCLIP-S1, ...)."
 )
 
 
-class Tower(Protocol):
-    """An image tower read token by token; the attributes are those of `Backbone`, native_grid is that of training."""
-
-    stride: tuple[int, int]
-    native_grid: tuple[int, int]
-    orientation: int
-    normalize_patches: bool
-
-    def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Patch tokens [B, N, D] and image embedding [B, D] of normalised pixels [B, 3, H, W]."""
-        ...
-
-
-def find_tower(visual: nn.Module) -> Tower:
-    """The reading that fits an open_clip image tower (``model.visual``).
+def find_tower(visual: nn.Module, mode: str | None = None) -> Tower:
+    """The reading that fits an open_clip image tower (``model.visual``), in a mode; None for the tower's default.
 
     Raises:
-        ValueError: if its patches have no embedding of their own (attention pooling), or its size is fixed.
+        ValueError: if the tower is not supported (the message lists what is), or does not offer the mode.
     """
     from open_clip.timm_model import TimmModel
     from open_clip.transformer import VisionTransformer
 
     if isinstance(visual, TimmModel):
-        return ConvolutionalTower(visual)
+        return timm_tower(visual, mode, _SUPPORTED)
     if isinstance(visual, VisionTransformer):
-        return TransformerTower(visual)
+        return OpenClipTower(visual, mode)
     raise ValueError(f"image tower {type(visual).__name__} is not supported. {_SUPPORTED}")
 
 
@@ -55,101 +47,103 @@ def check_config(name: str, vision: dict[str, Any]) -> None:
     """Refuse early, before gigabytes are fetched, what a configuration already shows `find_tower` will refuse.
 
     Raises:
-        ValueError: if the tower pools by attention or by a class token of timm's, or is a CLIP ResNet.
+        ValueError: if the tower is a CLIP ResNet, or pools in a way that gives patches no embedding.
     """
     if "timm_model_name" in vision:
-        refused = (vision.get("timm_pool") or "avg") not in ("avg", "fast", "fastavg")
+        pool, model = vision.get("timm_pool"), str(vision["timm_model_name"])
+        refused = (pool or "avg") not in TIMM_POOLINGS or model.startswith(("swin", "vit_relpos", "eva02_enormous"))
     else:
-        refused = bool(vision.get("attentional_pool")) or isinstance(vision.get("layers"), list)
+        refused = isinstance(vision.get("attentional_pool"), str) or isinstance(vision.get("layers"), list)
     if refused:
         raise ValueError(f"image tower of {name!r} is not supported. {_SUPPORTED}")
 
 
-class ConvolutionalTower:
-    """Tokens of an average-pooled timm tower: head(features at cell i); pooled = head(mean over cells of features).
+class OpenClipBlock(Block):
+    """ResidualAttentionBlock (nn.MultiheadAttention) or CustomResidualAttentionBlock (open_clip's own attention)."""
 
-    Where the head is affine the mean of the tokens is the image embedding, and tokens are left unnormalised. Where it
-    normalises or bends (ConvNeXt, mlp projections) they have unit norm, as in Yu et al. 2023 (FC-CLIP, section 3.3).
+    def __init__(self, module: Any) -> None:
+        super().__init__(module, module.attn.head_dim**-0.5)
+
+    def norm_1(self, tokens: Tensor) -> Tensor:
+        return self.module.ln_1(tokens)  # type: ignore[no-any-return]
+
+    def qkv(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        attn = self.module.attn
+        joined = F.linear(normed, attn.in_proj_weight, attn.in_proj_bias)
+        q, k, v = rearrange(joined, "b t (three a k) -> three b a t k", three=3, a=attn.num_heads)
+        return (attn.ln_q(q), attn.ln_k(k), v) if hasattr(attn, "ln_q") else (q, k, v)
+
+    def output(self, heads: Tensor) -> Tensor:
+        attn = self.module.attn
+        if getattr(attn, "head_scale", None) is not None:
+            heads = heads * attn.head_scale.flatten().repeat_interleave(attn.head_dim)
+        if hasattr(attn, "ln_inner"):
+            heads = attn.ln_inner(heads)
+        branch = attn.out_proj(heads)
+        if hasattr(self.module, "ln_attn"):
+            branch = self.module.ln_attn(branch)
+        return self.module.ls_1(branch)  # type: ignore[no-any-return]
+
+    def norm_2(self, tokens: Tensor) -> Tensor:
+        return self.module.ln_2(tokens)  # type: ignore[no-any-return]
+
+    def mlp(self, normed: Tensor) -> Tensor:
+        return self.module.ls_2(self.module.mlp(normed))  # type: ignore[no-any-return]
+
+
+class OpenClipTower(TransformerTower):
+    """open_clip's VisionTransformer; patch dropout is a matter of training and left out.
+
+    A patch goes the way of what is pooled: through ln_post and proj. CoCa pools by the attention of learned queries; there
+    a patch goes through that head alone, attention over one key being its value.
+
+    Raises:
+        ValueError: if it pools in no way that gives a patch an embedding, or its attention is not softmax(q k^T) v.
     """
 
-    orientation = 1
-
-    def __init__(self, visual: Any) -> None:
-        from timm.layers import SelectAdaptivePool2d
-
-        trunk = visual.trunk
-        pools = [getattr(part, "global_pool", None) for part in (trunk, getattr(trunk, "head", None))]
-        averages = any(isinstance(p, SelectAdaptivePool2d) and p.pool_type in ("avg", "fast", "fastavg") for p in pools)
-        if not averages or hasattr(visual.head, "pool") or getattr(trunk, "output_fmt", "NCHW") != "NCHW":
-            raise ValueError(
-                f"image tower timm {type(trunk).__name__} is not supported: it is not a convolutional tower with "
-                f"average pooling, or its input size is fixed. {_SUPPORTED}"
-            )
-        self.visual = visual
-        stride = int(trunk.feature_info[-1]["reduction"])
-        self.stride = (stride, stride)
-        self.native_grid = (visual.image_size[0] // stride, visual.image_size[1] // stride)
-        self.normalize_patches = not self._head_is_affine()
-
-    def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        features_BChw = self.visual.trunk.forward_features(pixels)
-        cells = rearrange(features_BChw, "b c h w -> (b h w) c 1 1")
-        patches_BND = rearrange(self._head(cells), "(b n) d -> b n d", b=len(pixels))
-        return patches_BND, self._head(features_BChw)
-
-    def _head(self, features_BChw: Tensor) -> Tensor:
-        pooled: Tensor = self.visual.head(self.visual.trunk.forward_head(features_BChw))
-        return pooled
-
-    @torch.no_grad()
-    def _head_is_affine(self) -> bool:
-        """Does averaging commute with the head? Tried on four features rather than read off class names."""
-        weight = next(self.visual.parameters())
-        probe = torch.randn(4, self.visual.trunk.num_features, 1, 1, generator=torch.Generator().manual_seed(0))
-        probe = probe.to(weight)
-        return torch.allclose(self._head(probe).mean(0), self._head(probe.mean(0, keepdim=True))[0], 1e-2, 1e-2)
-
-
-class TransformerTower:
-    """Tokens of an open_clip VisionTransformer: ln_post(z_i) @ proj with z the output of the last block.
-
-    At the native size tokens and embedding equal open_clip's own. A tower that pools by its class token was never asked
-    to align its patches, which shows as the opposite sign: orientation -1, unit norm. One that averages its patches is
-    read like an average-pooled convolution: orientation +1, and plain where ln_post comes before the average, so that
-    the tokens' mean is the embedding. Patch dropout is a matter of training and left out.
-    """
-
-    def __init__(self, visual: Any) -> None:
-        if visual.attn_pool is not None or visual.pool_type not in ("tok", "avg"):
-            pooling = "attention pooling" if visual.attn_pool is not None else f"pool_type {visual.pool_type!r}"
-            raise ValueError(f"image tower VisionTransformer with {pooling} is not supported. {_SUPPORTED}")
+    def __init__(self, visual: Any, mode: str | None = None) -> None:
+        what = None
+        if visual.attn_pool is not None and visual.attn_pool_type:
+            what = f"attentional pooling {visual.attn_pool_type!r}"
+        elif visual.pool_type not in ("tok", "avg"):
+            what = f"pool_type {visual.pool_type!r}"
+        elif any(getattr(block.attn, "scaled_cosine", False) for block in visual.transformer.resblocks):
+            what = "scaled_cosine_attn"
+        if what:
+            raise ValueError(f"image tower VisionTransformer with {what} is not supported. {_SUPPORTED}")
         self.visual = visual
         self.stride = (int(visual.patch_size[0]), int(visual.patch_size[1]))
         self.native_grid = (int(visual.grid_size[0]), int(visual.grid_size[1]))
-        self.orientation = 1 if visual.pool_type == "avg" else -1
-        self.normalize_patches = visual.pool_type == "tok" or visual.final_ln_after_pool
+        self.num_prefix = 1
+        self.blocks = [OpenClipBlock(block) for block in visual.transformer.resblocks]
+        attention = visual.attn_pool is not None
+        self.pooling = "attention" if attention else "average" if visual.pool_type == "avg" else "class token"
+        self.mean_is_embedding = self.pooling == "average" and not visual.final_ln_after_pool
+        self.tail = [visual.ln_post, visual.proj, *([visual.attn_pool] if attention else [])]
+        self.read_in(mode)
 
-    def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def embed(self, pixels: Tensor) -> Tensor:
         visual = self.visual
-        patches_BChw = visual.conv1(pixels)
-        class_token = visual.class_embedding.to(patches_BChw.dtype).expand(len(pixels), 1, -1)
-        x = torch.cat([class_token, rearrange(patches_BChw, "b c h w -> b (h w) c")], dim=1)
-        x = x + self._positions(patches_BChw.shape[-2], patches_BChw.shape[-1]).to(x.dtype)
-        x = visual.transformer(visual.ln_pre(x))
-        normed = visual.ln_post(x)
-        pooled = visual.ln_post(self._pool(x)) if visual.final_ln_after_pool else self._pool(normed)
-        return normed[:, 1:] @ visual.proj, pooled @ visual.proj
+        patches_BNC = rearrange(visual.conv1(pixels), "b c h w -> b (h w) c")
+        class_token = visual.class_embedding.to(patches_BNC.dtype).expand(len(pixels), 1, -1)
+        x = torch.cat([class_token, patches_BNC], dim=1)
+        positions = resample_positions(
+            visual.positional_embedding, self.native_grid, self.grid_of(pixels), num_prefix=1
+        )
+        return visual.ln_pre(x + positions.to(x.dtype))  # type: ignore[no-any-return]
 
-    def _pool(self, x: Tensor) -> Tensor:
-        return x[:, 0] if self.visual.pool_type == "tok" else x[:, 1:].mean(dim=1)
+    def project(self, patches: Tensor) -> Tensor:
+        if self.pooling == "attention":
+            patches = _value_path(self.visual.attn_pool, patches)
+        return self.visual.ln_post(patches) @ self.visual.proj  # type: ignore[no-any-return]
 
-    def _positions(self, height: int, width: int) -> Tensor:
-        """Positional embeddings [1 + h w, C] for a grid: bicubic, antialiased, as open_clip resizes them at loading."""
-        embedding: Tensor = self.visual.positional_embedding
-        if (height, width) == self.native_grid:
-            return embedding
-        h, w = self.native_grid
-        wide = embedding.to(torch.promote_types(embedding.dtype, torch.float32))
-        native = rearrange(wide[1:], "(h w) c -> 1 c h w", h=h, w=w)
-        resized = F.interpolate(native, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
-        return torch.cat([wide[:1], rearrange(resized, "1 c h w -> (h w) c")])
+    def pool(self, tokens: Tensor) -> Tensor:
+        return self.visual._pool(tokens)[0] @ self.visual.proj  # type: ignore[no-any-return]
+
+
+def _value_path(pooler: Any, patches: Tensor) -> Tensor:
+    """open_clip's AttentionalPooler of each patch alone: output projection of the patch's value."""
+    attn, normed = pooler.attn, pooler.ln_k(patches)
+    width = attn.embed_dim
+    weight = attn.in_proj_weight[2 * width :] if attn.in_proj_weight is not None else attn.v_proj_weight
+    return attn.out_proj(F.linear(normed, weight, attn.in_proj_bias[2 * width :]))  # type: ignore[no-any-return]

@@ -1,10 +1,12 @@
 """Zero-shot similarity logits of tokens and text, with scales weighted by their flatness.
 
 For one scale, S = orientation * logit_scale * (patches . query) + logit_bias; a backbone trained without a bias has no
-absolute zero, so its map is centred instead. For several scales, S = sum_s w_s S_s with w_s inversely proportional to
+absolute zero, so its map is centred instead. A backbone with a text origin t_0 is scored by the difference that the text
+makes, patches . (query - t_0), in which a bias cancels; its map is centred as well. For several scales, S = sum_s w_s S_s with w_s inversely proportional to
 the sharpness of scale s: the norm of the gradient of its relevance with respect to its tokens,
 
-    || d sum_i sigmoid(S_i) / d patches || = logit_scale * || sigmoid'(S) ||        (the query has unit norm).
+    || d sum_i sigmoid(S_i) / d patches || = logit_scale * || sigmoid'(S) ||        (the query has unit norm; the length of
+                                                                                     query - t_0 cancels in the weights).
 
 Axes: B batch, N tokens, Q queries, D embedding width, L scales.
 """
@@ -22,8 +24,11 @@ _EPS = 1e-6
 
 def level_similarity(backbone: Backbone, patches: Tensor, queries: Tensor) -> Tensor:
     """Similarity logits [B, Q, N] of tokens [B, N, D] and unit-norm queries [B, Q, D], one scale."""
+    origin = backbone.text_origin
+    if origin is not None:
+        queries = queries - origin.to(queries)
     logits_BQN = backbone.orientation * backbone.logit_scale * (queries @ patches.mT)
-    if backbone.logit_bias is None:
+    if backbone.logit_bias is None or origin is not None:
         return logits_BQN - logits_BQN.mean(-1, keepdim=True)
     return logits_BQN + backbone.logit_bias
 

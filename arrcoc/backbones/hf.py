@@ -1,0 +1,290 @@
+"""transformers' CLIP, MetaCLIP 2, SigLIP and SigLIP 2 as backbones: with their real weights or not at all."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from arrcoc.backbones.base import Backbone
+from arrcoc.backbones.hf_towers import MODEL_TYPES, find_tower
+
+_SMALL_FILES = ("*.json", "*.txt", "*.model")
+_SAFETENSORS = ("model.safetensors", "model-*-of-*.safetensors")
+_PICKLES = ("pytorch_model.bin", "pytorch_model-*-of-*.bin")
+_TOKENIZERS = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_GET_MODEL = (
+    "Where the network works, run `hf download {name} --local-dir FOLDER`, copy the folder here and load it as "
+    "'hf:FOLDER', or use 'embedded', which is offline."
+)
+
+
+class HuggingFaceBackbone(Backbone):
+    """A transformers CLIPModel, MetaClip2Model, SiglipModel or Siglip2Model, wrapped without changing it.
+
+    Texts are padded as in training: SigLIP to the full context and without a mask, on the right, in lower case (some
+    tokenizers of SigLIP 2 checkpoints forget to); CLIP as far as the longest text. Whatever attention the model was
+    loaded with (sdpa, eager, flash), its vision blocks are read with PyTorch's fused attention.
+
+    Args:
+        model: in eval mode.
+        tokenizer: the model's own, e.g. ``transformers.AutoTokenizer.from_pretrained(name)``.
+        spec: name stored in checkpoints.
+        mean, std: channel statistics, ``image_mean`` and ``image_std`` of the model's preprocessor.
+        mode: a dense mode; None for the default of the tower: "clearclip" for CLIP, "raw" for SigLIP.
+        tokens_per_side: tokens along a picture's longest side at scale 1; None: the native grid.
+
+    Raises:
+        ValueError: if the model is in training mode or of another kind, the tokenizer does not fit, or mode or
+            statistics are unknown.
+
+    Example:
+        >>> backbone = HuggingFaceBackbone(model.eval(), tokenizer, spec="mine", mean=mean, std=std)  # doctest: +SKIP
+        >>> backbone(images).patches.shape, backbone.encode_text(["a cup"]).shape                    # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        spec: str,
+        mean: Sequence[float],
+        std: Sequence[float],
+        mode: str | None = None,
+        tokens_per_side: int | None = None,
+    ) -> None:
+        super().__init__()
+        if tokens_per_side is not None and tokens_per_side < 1:
+            raise ValueError(f"tokens_per_side must be >= 1, got {tokens_per_side!r}.")
+        if training := [name or "model" for name, module in model.named_modules() if module.training]:
+            raise ValueError(f"model must be in eval mode, got training mode in {training[0]!r}; call model.eval().")
+        tower = find_tower(model, mode)
+        scale, bias = cast(Tensor, model.logit_scale), cast("Tensor | None", getattr(model, "logit_bias", None))
+
+        self.model, self.tokenizer, self.tower = model, tokenizer, tower
+        self.spec, self.mode = spec, tower.mode
+        self.stride, self.orientation = tower.stride, tower.orientation
+        self.normalize_patches = tower.normalize_patches
+        self.tokens_per_side = tokens_per_side or max(tower.native_grid)
+        self.logit_scale = scale.detach().exp().item()
+        self.logit_bias = None if bias is None else bias.detach().item()
+        self.mean, self.std = _three_numbers("mean", mean), _three_numbers("std", std)
+        self._siglip = tower.pooling == "attention"
+        try:
+            self.embed_dim = self._encode_texts(["a"]).shape[-1]
+        except (RuntimeError, IndexError) as error:  # numbers beyond the vocabulary
+            raise ValueError(f"tokenizer must be the model's own, but its numbers do not fit: {error}") from error
+        end = _end_of_text(model)
+        if end is not None and end not in self._tokenize(["a"])["input_ids"]:
+            raise ValueError(f"tokenizer must end each text with {end}, where the model reads its embedding.")
+
+    @torch.no_grad()
+    def _encode_texts(self, texts: list[str]) -> Tensor:
+        embeddings: Tensor = cast(Any, self.model).get_text_features(**self._tokenize(texts)).pooler_output
+        return embeddings
+
+    def _tokenize(self, texts: list[str]) -> Any:
+        return self.tokenizer(
+            [text.lower() for text in texts] if self._siglip else texts,
+            padding="max_length" if self._siglip else "longest",
+            padding_side="right",
+            truncation=True,
+            max_length=cast(Any, self.model).config.text_config.max_position_embeddings,
+            return_attention_mask=not self._siglip,
+            return_tensors="pt",
+        ).to(self.device)
+
+
+def load_hf(name_or_path: str | Path, *, spec: str, mode: str | None = None) -> HuggingFaceBackbone:
+    """Load a folder in the Hub's format, or a model of the Hub by name.
+
+    The folder holds config.json, model.safetensors (or pytorch_model.bin; shards too), tokenizer files, and the channel
+    statistics in preprocessor_config.json (or processor_config.json). Of a name, a complete copy in the Hub's cache is
+    used without asking the network; else the files are downloaded, the weights last. HF_HUB_OFFLINE and HF_HOME are
+    respected. No code from a repository is ever run.
+
+    Raises:
+        FileNotFoundError: if the folder, its configuration, statistics, tokenizer or weights are missing.
+        ValueError: if the model is of a kind that is not supported, or its weights are incomplete or do not fit.
+        ConnectionError: if the files are not on this machine and cannot be downloaded.
+        ImportError: if the tokenizer needs sentencepiece.
+    """
+    folder = _find_folder(str(name_or_path), spec)
+    model_type, (mean, std) = _model_type(folder, spec), _statistics(folder)
+    _require(folder, "a tokenizer", _TOKENIZERS)
+    _require(folder, "weights", (*_SAFETENSORS, *_PICKLES))
+    with _quiet():
+        model = _load_model(folder, model_type, spec)
+        tokenizer = _load_tokenizer(folder, spec)
+    return HuggingFaceBackbone(model, tokenizer, spec=spec, mean=mean, std=std, mode=mode)
+
+
+def _load_model(folder: Path, model_type: str, spec: str) -> nn.Module:
+    """Every weight from the file, frozen; the caller's random stream stays where it was."""
+    import transformers
+
+    classes: dict[str, Any] = {
+        "clip": transformers.CLIPModel,
+        "metaclip_2": transformers.MetaClip2Model,
+        "siglip": transformers.SiglipModel,
+        "siglip2": transformers.Siglip2Model,
+    }
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model, report = classes[model_type].from_pretrained(
+                folder,
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below, by name
+            )
+    except Exception as error:  # pickle, safetensors, torch and json each have their own
+        raise ValueError(f"cannot load the weights of {spec!r} from {str(folder)!r}: {error}") from error
+    mismatched = [key[0] if isinstance(key, tuple) else key for key in report["mismatched_keys"]]
+    for problem, keys in (("lacks", sorted(report["missing_keys"])), ("has other shapes for", sorted(mismatched))):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise ValueError(
+                f"cannot load the weights of {spec!r}: {str(folder)!r} {problem} {', '.join(keys[:3])}{more}; "
+                "a model with random weights is of no use."
+            )
+    frozen: nn.Module = model.eval().requires_grad_(False)
+    return frozen
+
+
+def _load_tokenizer(folder: Path, spec: str) -> Any:
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except ImportError as error:
+        raise ImportError(
+            f"the tokenizer of {spec!r} needs more packages: pip install 'arrcoc[siglip]' (sentencepiece, protobuf)."
+        ) from error
+    except Exception as error:  # OSError, ValueError, KeyError and more
+        raise ValueError(f"cannot load the tokenizer of {spec!r} from {str(folder)!r}: {error}") from error
+
+
+def _find_folder(name: str, spec: str) -> Path:
+    """The folder itself, or a complete copy of the Hub's."""
+    if Path(name).is_dir():
+        return Path(name)
+    if not _HUB_NAME.fullmatch(name):
+        raise FileNotFoundError(f"{name!r} is neither a folder nor a name of the Hugging Face Hub, such as ORG/MODEL.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    def fetch(*patterns: str, offline: bool = False) -> Path:
+        return Path(snapshot_download(name, allow_patterns=[*_SMALL_FILES, *patterns], local_files_only=offline))
+
+    try:
+        cached = fetch(offline=True)
+        if _has(cached, ("config.json",)) and _has(cached, (*_SAFETENSORS, *_PICKLES)) and _has(cached, _TOKENIZERS):
+            return cached
+    except OSError:
+        pass  # nothing of it is here
+    try:
+        with _quiet():
+            _model_type(fetch(), spec)  # refuse what is not supported before gigabytes are fetched
+        folder = fetch(*_SAFETENSORS)
+        return folder if _has(folder, _SAFETENSORS) else fetch(*_PICKLES)
+    except RepositoryNotFoundError as error:
+        raise ValueError(
+            f"the Hugging Face Hub has no model {name!r}, or it is gated or private: accept its terms there and run "
+            "`hf auth login`."
+        ) from error
+    except ValueError:
+        raise
+    except Exception as error:  # the hub's errors have no common base, and all mean the same to the user
+        raise ConnectionError(
+            f"{spec!r} is not on this machine and cannot be fetched. {_GET_MODEL.format(name=name)}"
+        ) from error
+
+
+def _model_type(folder: Path, spec: str) -> str:
+    config = _read_json(folder, "config.json")
+    model_type = config.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise ValueError(
+            f"{spec!r} is a model of type {model_type!r}, which is not supported. Types that work: clip, metaclip_2, "
+            "siglip (which SigLIP 2 of a fixed size has too) and siglip2 (NaFlex)."
+        )
+    return str(model_type)
+
+
+def _statistics(folder: Path) -> tuple[Any, Any]:
+    """image_mean and image_std of the preprocessor, wherever this version of the format keeps them."""
+    if _has(folder, ("processor_config.json",)):
+        nested = _read_json(folder, "processor_config.json").get("image_processor")
+        if isinstance(nested, dict):
+            return nested.get("image_mean"), nested.get("image_std")
+    plain = _read_json(folder, "preprocessor_config.json")
+    return plain.get("image_mean"), plain.get("image_std")
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    _require(folder, name, (name,))
+    try:
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{folder / name} must be JSON, got {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{folder / name} must hold a JSON object, got {type(content).__name__}.")
+    return content
+
+
+def _has(folder: Path, patterns: Sequence[str]) -> bool:
+    return any(True for pattern in patterns for _ in folder.glob(pattern))
+
+
+def _require(folder: Path, what: str, patterns: Sequence[str]) -> None:
+    if not _has(folder, patterns):
+        names = "" if patterns == (what,) else f" ({', '.join(patterns)})"
+        raise FileNotFoundError(f"model folder {str(folder)!r} has no {what}{names}.")
+
+
+def _end_of_text(model: Any) -> int | None:
+    """The number of the token at which a CLIP reads a text; None for SigLIP, which reads the last one whatever it is.
+
+    Old configurations of CLIP say 2, which stands for the largest number in the text.
+    """
+    kind, end = model.config.model_type, getattr(model.text_model, "eos_token_id", None)
+    return None if kind.startswith("siglip") or (kind == "clip" and end == 2) else end
+
+
+def _three_numbers(name: str, value: Sequence[float] | None) -> tuple[float, float, float]:
+    if value is None or len(value) != 3:
+        raise ValueError(f"{name} must be three numbers, image_{name} of the model's preprocessor, got {value!r}.")
+    return (float(value[0]), float(value[1]), float(value[2]))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' reports and progress bars to errors, and put back what the program had chosen."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
+    from transformers.utils import logging
+
+    verbosity, bars, no_hub_bars = (
+        logging.get_verbosity(),
+        logging.is_progress_bar_enabled(),
+        are_progress_bars_disabled(),
+    )
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # the hub's as well
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+        if no_hub_bars:
+            disable_progress_bars()

@@ -1,8 +1,8 @@
 """Backbones: image-text models behind one protocol, loaded by name.
 
 - `Backbone`: the protocol
-- `load_backbone`: by name, offline or from open_clip
-- `OpenClipBackbone`: wraps an open_clip model you already have
+- `load_backbone`: by name, offline, from open_clip or transformers
+- `OpenClipBackbone`, `HuggingFaceBackbone`: wrap a model you already have
 """
 
 from __future__ import annotations
@@ -11,11 +11,15 @@ import torch
 
 from arrcoc.assets import asset_path
 from arrcoc.backbones.base import Backbone
+from arrcoc.backbones.hf import HuggingFaceBackbone, load_hf
 from arrcoc.backbones.open_clip import OpenClipBackbone, did_you_mean, load_local, load_pretrained
 
-__all__ = ["Backbone", "OpenClipBackbone", "load_backbone"]
+__all__ = ["Backbone", "HuggingFaceBackbone", "OpenClipBackbone", "load_backbone"]
 
-_FORMS = "'embedded', 'open_clip:NAME/TAG', 'open_clip:NAME/WEIGHTS_FILE' or 'open_clip:local-dir:FOLDER'"
+_FORMS = (
+    "'embedded', 'open_clip:NAME/TAG', 'open_clip:NAME/WEIGHTS_FILE', 'open_clip:local-dir:FOLDER', 'hf:NAME' or "
+    "'hf:FOLDER'"
+)
 
 
 def load_backbone(
@@ -29,10 +33,11 @@ def load_backbone(
 
     Args:
         spec: ``"embedded"`` (ships with the package, offline), ``"open_clip:NAME/TAG"`` (downloaded once),
-            ``"open_clip:NAME/WEIGHTS_FILE"`` or ``"open_clip:local-dir:FOLDER"``.
+            ``"open_clip:NAME/WEIGHTS_FILE"``, ``"open_clip:local-dir:FOLDER"``; for a transformers model ``"hf:NAME"``
+            (downloaded once) or ``"hf:FOLDER"``.
         device: None means the CPU.
         dtype: floating point type to compute in; None means float32. The fingerprint is that of the weights before.
-        mode: how patch tokens are read, None for the default of the tower; so far ``"raw"`` alone.
+        mode: how patch tokens are read, one of ``backbone.modes``; None for the default of the tower.
 
     Returns:
         A `Backbone`.
@@ -62,7 +67,7 @@ def _load(spec: str, mode: str | None) -> Backbone:
         return load_local(rest.removeprefix("local-dir:"), spec=spec, mode=mode)
     if kind == "open_clip" and rest:
         return load_pretrained(rest, spec=spec, mode=mode)
-    if kind == "hf":
-        raise ValueError(f"'hf:' backbones are not available in this version, got {spec!r}; use {_FORMS}.")
-    guesses = ["embedded", "open_clip", "open_clip:local-dir"]
+    if kind == "hf" and rest:
+        return load_hf(rest, spec=spec, mode=mode)
+    guesses = ["embedded", "open_clip", "open_clip:local-dir", "hf"]
     raise ValueError(f"backbone must be {_FORMS}, got {spec!r}{did_you_mean(kind, guesses)}.")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,17 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from arrcoc.backbones.base import Backbone
-from arrcoc.backbones.hf_towers import MODEL_TYPES, find_tower
-
-_SMALL_FILES = ("*.json", "*.txt", "*.model")
-_SAFETENSORS = ("model.safetensors", "model-*-of-*.safetensors")
-_PICKLES = ("pytorch_model.bin", "pytorch_model-*-of-*.bin")
-_TOKENIZERS = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_GET_MODEL = (
-    "Where the network works, run `hf download {name} --local-dir FOLDER`, copy the folder here and load it as "
-    "'hf:FOLDER', or use 'embedded', which is offline."
-)
+from arrcoc.backbones.hf_files import find_folder, model_type, quiet, statistics
+from arrcoc.backbones.hf_towers import find_tower
 
 
 class HuggingFaceBackbone(Backbone):
@@ -117,17 +105,15 @@ def load_hf(name_or_path: str | Path, *, spec: str, mode: str | None = None) -> 
         ConnectionError: if the files are not on this machine and cannot be downloaded.
         ImportError: if the tokenizer needs sentencepiece.
     """
-    folder = _find_folder(str(name_or_path), spec)
-    model_type, (mean, std) = _model_type(folder, spec), _statistics(folder)
-    _require(folder, "a tokenizer", _TOKENIZERS)
-    _require(folder, "weights", (*_SAFETENSORS, *_PICKLES))
-    with _quiet():
-        model = _load_model(folder, model_type, spec)
+    folder = find_folder(str(name_or_path), spec)
+    mean, std = statistics(folder)
+    with quiet():
+        model = _load_model(folder, spec)
         tokenizer = _load_tokenizer(folder, spec)
     return HuggingFaceBackbone(model, tokenizer, spec=spec, mean=mean, std=std, mode=mode)
 
 
-def _load_model(folder: Path, model_type: str, spec: str) -> nn.Module:
+def _load_model(folder: Path, spec: str) -> nn.Module:
     """Every weight from the file, frozen; the caller's random stream stays where it was."""
     import transformers
 
@@ -139,7 +125,7 @@ def _load_model(folder: Path, model_type: str, spec: str) -> nn.Module:
     }
     try:
         with torch.random.fork_rng(devices=[]):
-            model, report = classes[model_type].from_pretrained(
+            model, report = classes[model_type(folder, spec)].from_pretrained(
                 folder,
                 dtype=torch.float32,
                 local_files_only=True,
@@ -174,84 +160,6 @@ def _load_tokenizer(folder: Path, spec: str) -> Any:
         raise ValueError(f"cannot load the tokenizer of {spec!r} from {str(folder)!r}: {error}") from error
 
 
-def _find_folder(name: str, spec: str) -> Path:
-    """The folder itself, or a complete copy of the Hub's."""
-    if Path(name).is_dir():
-        return Path(name)
-    if not _HUB_NAME.fullmatch(name):
-        raise FileNotFoundError(f"{name!r} is neither a folder nor a name of the Hugging Face Hub, such as ORG/MODEL.")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    def fetch(*patterns: str, offline: bool = False) -> Path:
-        return Path(snapshot_download(name, allow_patterns=[*_SMALL_FILES, *patterns], local_files_only=offline))
-
-    try:
-        cached = fetch(offline=True)
-        if _has(cached, ("config.json",)) and _has(cached, (*_SAFETENSORS, *_PICKLES)) and _has(cached, _TOKENIZERS):
-            return cached
-    except OSError:
-        pass  # nothing of it is here
-    try:
-        with _quiet():
-            _model_type(fetch(), spec)  # refuse what is not supported before gigabytes are fetched
-        folder = fetch(*_SAFETENSORS)
-        return folder if _has(folder, _SAFETENSORS) else fetch(*_PICKLES)
-    except RepositoryNotFoundError as error:
-        raise ValueError(
-            f"the Hugging Face Hub has no model {name!r}, or it is gated or private: accept its terms there and run "
-            "`hf auth login`."
-        ) from error
-    except ValueError:
-        raise
-    except Exception as error:  # the hub's errors have no common base, and all mean the same to the user
-        raise ConnectionError(
-            f"{spec!r} is not on this machine and cannot be fetched. {_GET_MODEL.format(name=name)}"
-        ) from error
-
-
-def _model_type(folder: Path, spec: str) -> str:
-    config = _read_json(folder, "config.json")
-    model_type = config.get("model_type")
-    if model_type not in MODEL_TYPES:
-        raise ValueError(
-            f"{spec!r} is a model of type {model_type!r}, which is not supported. Types that work: clip, metaclip_2, "
-            "siglip (which SigLIP 2 of a fixed size has too) and siglip2 (NaFlex)."
-        )
-    return str(model_type)
-
-
-def _statistics(folder: Path) -> tuple[Any, Any]:
-    """image_mean and image_std of the preprocessor, wherever this version of the format keeps them."""
-    if _has(folder, ("processor_config.json",)):
-        nested = _read_json(folder, "processor_config.json").get("image_processor")
-        if isinstance(nested, dict):
-            return nested.get("image_mean"), nested.get("image_std")
-    plain = _read_json(folder, "preprocessor_config.json")
-    return plain.get("image_mean"), plain.get("image_std")
-
-
-def _read_json(folder: Path, name: str) -> dict[str, Any]:
-    _require(folder, name, (name,))
-    try:
-        content = json.loads((folder / name).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{folder / name} must be JSON, got {error}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{folder / name} must hold a JSON object, got {type(content).__name__}.")
-    return content
-
-
-def _has(folder: Path, patterns: Sequence[str]) -> bool:
-    return any(True for pattern in patterns for _ in folder.glob(pattern))
-
-
-def _require(folder: Path, what: str, patterns: Sequence[str]) -> None:
-    if not _has(folder, patterns):
-        names = "" if patterns == (what,) else f" ({', '.join(patterns)})"
-        raise FileNotFoundError(f"model folder {str(folder)!r} has no {what}{names}.")
-
-
 def _end_of_text(model: Any) -> int | None:
     """The number of the token at which a CLIP reads a text; None for SigLIP, which reads the last one whatever it is.
 
@@ -265,26 +173,3 @@ def _three_numbers(name: str, value: Sequence[float] | None) -> tuple[float, flo
     if value is None or len(value) != 3:
         raise ValueError(f"{name} must be three numbers, image_{name} of the model's preprocessor, got {value!r}.")
     return (float(value[0]), float(value[1]), float(value[2]))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' reports and progress bars to errors, and put back what the program had chosen."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
-    from transformers.utils import logging
-
-    verbosity, bars, no_hub_bars = (
-        logging.get_verbosity(),
-        logging.is_progress_bar_enabled(),
-        are_progress_bars_disabled(),
-    )
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()  # the hub's as well
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-        if no_hub_bars:
-            disable_progress_bars()

@@ -1,9 +1,9 @@
 """Image towers of transformers: CLIP (and MetaCLIP 2), SigLIP, and SigLIP 2 for any aspect ratio ("NaFlex").
 
-Where the libraries differ in taste, these towers side with open_clip: positions of CLIP and SigLIP are resampled by
-`resample_positions` (bicubic, antialiased), so that one set of weights gives the same tokens in both libraries at every
-size. transformers' own ``interpolate_pos_encoding`` does not antialias; the two agree at the native size. SigLIP 2 NaFlex
-resamples at every size, bilinear and antialiased, and so does its tower here.
+Positions of CLIP and SigLIP are resampled by `resample_positions`, bicubic and antialiased as in open_clip and timm, so
+that one set of weights gives the same tokens in both libraries at every size. transformers' own
+``interpolate_pos_encoding`` is bicubic without antialiasing: it agrees at the native size alone. SigLIP 2 NaFlex was
+trained at many sizes with positions resampled bilinearly, antialiased; its tower does the same.
 
 Axes: B images, T tokens inside the tower (class token, then patches), N patches, C width, A heads, K width of a head, D
 joint width, h and w grid, p and q rows and columns of a patch.
@@ -149,7 +149,8 @@ class NaFlexTower(SiglipTower):
         native = native.to(torch.promote_types(native.dtype, torch.float32))
         resized = F.interpolate(native, size=(h, w), mode="bilinear", align_corners=False, antialias=True)
         tokens: Tensor = embeddings.patch_embedding(patches)
-        return tokens + rearrange(resized, "1 c h w -> (h w) c").to(tokens.dtype)
+        positions: Tensor = rearrange(resized, "1 c h w -> (h w) c")
+        return tokens + positions.to(tokens.dtype)
 
 
 def _patches(config: Any) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -156,9 +156,9 @@ def check_orientation(
     estimate = estimate_orientation(backbone, samples, num_bootstrap=num_bootstrap, seed=seed)
     if not estimate.agrees and estimate.confidence >= min_confidence:
         warnings.warn(
-            f"backbone {backbone.spec!r} in mode {backbone.mode!r} declares orientation {estimate.declared:+d}, but the "
-            f"masks say {estimate.orientation:+d}: AP is {estimate.ap_positive:.3f} for s and {estimate.ap_negative:.3f} "
-            f"for -s over {estimate.num_queries} queries in {estimate.num_images} pictures "
+            f"backbone {backbone.spec!r} in mode {backbone.mode!r} declares orientation {estimate.declared:+d}, but "
+            f"masks say {estimate.orientation:+d}: AP is {estimate.ap_positive:.3f} for s and "
+            f"{estimate.ap_negative:.3f} for -s over {estimate.num_queries} queries in {estimate.num_images} pictures "
             f"({estimate.confidence:.0%} of bootstrap draws). Set backbone.orientation = {estimate.orientation:+d}, "
             "or load the backbone in another mode.",
             OrientationWarning,

@@ -5,7 +5,6 @@ Axes: B images, N tokens, D joint width, Q texts.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arrcoc.backbones.dense import MODES
+from arrcoc.backbones.sharing import copy_owning
 from arrcoc.backbones.towers import Tower
 from arrcoc.tokens import VisualTokens
 
@@ -30,8 +30,8 @@ class Backbone(nn.Module, ABC):
     therefore stops at the backbone, and tokens are computed without a graph (they can enter one later). Fine-tuning
     works on a `trainable_copy`.
 
-    ``torch.compile(backbone)`` works without a graph break. One check is left out there: values outside [0, 1] cannot be
-    seen from inside a graph.
+    ``torch.compile(backbone)`` gives one graph. A graph cannot look at values, so one check is left out there: images
+    that leave [0, 1] are not refused.
 
     Attributes:
         model: the wrapped model, in eval mode.
@@ -98,10 +98,10 @@ class Backbone(nn.Module, ABC):
 
     @property
     def text_origin(self) -> Tensor | None:
-        """What is subtracted from queries before scoring: unit-norm [D] of the empty text, or None for no such thing.
+        """What is subtracted from queries before scoring: the unit-norm embedding [D] of the empty text, or None.
 
-        Mode "surgery" scores the difference that a text makes, F . (t - t_empty): feature surgery of a single text (Li et
-        al. 2023). Every other mode has None.
+        Mode "surgery" scores the difference that a text makes, F . (t - t_empty): feature surgery of a single text (Li
+        et al. 2023, CLIP Surgery). Every other mode has None.
         """
         if self.mode not in MODES or not MODES[self.mode].from_empty_text:
             return None
@@ -226,10 +226,10 @@ class Backbone(nn.Module, ABC):
     def trainable_copy(self, num_blocks: int) -> Backbone:
         """A backbone with its own copy of the last blocks, to be trained; this one stays as it is.
 
-        The copy shares the memory of all other weights (until one of the two is moved or cast), keeps a graph in `forward`
-        and `finish`, and has the fingerprint of the weights that it starts from. Parameters with ``requires_grad`` are
-        those of the last blocks and of what follows them in the image tower. It stays in eval mode: statistics of batch
-        norms are frozen, and nothing is dropped.
+        The copy shares the memory of all other weights until one of the two is moved or cast. It keeps a graph in
+        `forward` and `finish`, and its fingerprint is that of the weights it starts from. Parameters with
+        ``requires_grad`` are those of the last blocks and of what follows them in the image tower. Every part stays in
+        eval mode: statistics of batch norms are frozen, and nothing is dropped.
 
         Args:
             num_blocks: transformer blocks, or stages of a convolutional tower, counted from the end; >= 1.
@@ -241,19 +241,13 @@ class Backbone(nn.Module, ABC):
         if not 1 <= num_blocks <= tower.num_blocks:
             raise ValueError(f"num_blocks must be in 1..{tower.num_blocks}, got {num_blocks!r}.")
         self.fingerprint()
-        own = {id(parameter) for parameter in tower.last_parameters(num_blocks)}
-        shared = {name: value for name, value in vars(self).items() if name == "tokenizer"}
-        memo: dict[int, object] = {id(value): value for value in shared.values()}
-        for parameter in self.model.parameters():
-            value = parameter.detach()
-            memo[id(parameter)] = nn.Parameter(value.clone() if id(parameter) in own else value, id(parameter) in own)
-        memo |= {id(buffer): buffer.detach() for buffer in self.model.buffers()}
-        twin = copy.deepcopy(self, memo)
+        shared = [value for name, value in vars(self).items() if not name.startswith("_") and name != "tower"]
+        twin = copy_owning(self, self.model, tower.last_parameters(num_blocks), shared)
         twin.num_trained = num_blocks
         return twin
 
     def trained_state_dict(self) -> dict[str, Tensor]:
-        """The tensors that a `trainable_copy` owns, by their names in the wrapped model; empty for any other backbone."""
+        """The tensors that a `trainable_copy` owns, by their names in the wrapped model; {} for any other backbone."""
         if not self.num_trained:
             return {}
         own = {id(parameter) for parameter in self._require_tower().last_parameters(self.num_trained)}

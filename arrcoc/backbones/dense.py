@@ -1,4 +1,4 @@
-"""Dense modes: how patch tokens are read off the last blocks of a transformer that was trained for one embedding an image.
+"""Dense modes: patch tokens read off the last blocks of a transformer that was trained for one embedding an image.
 
     raw        z
     maskclip   x' + mlp(norm_2(x')),  x' = x + W v                              Zhou et al. 2022, MaskCLIP
@@ -9,10 +9,10 @@
     gem        x_1 + sum_l W_l mean_{s in q, k, v} G_l(s)                       Bousselham et al. 2024, GEM, eq. 3-6
 
 x enters the last block and z leaves it, x_1 enters the first of the last six (all blocks, where there are fewer);
-A(s, s) = softmax(s s^T scale) v, heads side by side; W is the output projection with its bias. The methods differ in which
-tokens a token listens to: the query-key attention of a CLIP gathers for the class token and mixes the patches up.
+A(s, s) = softmax(s s^T scale) v, heads side by side; W is the output projection with its bias. The methods differ in
+which tokens a token listens to: the query-key attention of a CLIP gathers for the class token and mixes the patches up.
 Class and register tokens are listened to as in the original blocks, and the image embedding is always that of the
-original blocks. No matrix of attention is ever built: attention is fused.
+original blocks. Attention is fused: no matrix of it is ever built.
 
 Axes: B images, T tokens inside the tower (P prefix, then N patches), C width, A heads, K width of a head, h and w grid.
 """
@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 NACLIP_SIGMA = 5.0
@@ -38,7 +37,7 @@ _GEM_ITERATIONS = 1
 
 
 class Block(ABC):
-    """One pre-norm transformer block of a library, in parts:  x + output(attention(norm_1(x))), then  x + mlp(norm_2(x)).
+    """One pre-norm transformer block of a library: x + output(attention(norm_1(x))), then x + mlp(norm_2(x)).
 
     The parts read the live parameters of ``module``. Subclasses keep no function that closes over it: a deep copy of a
     block belongs to the deep copy of its module.
@@ -62,7 +61,7 @@ class Block(ABC):
 
     @abstractmethod
     def output(self, heads: Tensor) -> Tensor:
-        """Heads side by side [B, T, A K] -> [B, T, C]: the output projection and, where there are any, norm and layer scale."""
+        """Heads side by side [B, T, A K] -> [B, T, C]: the output projection, with norms and layer scale if any."""
 
     @abstractmethod
     def norm_2(self, tokens: Tensor) -> Tensor:
@@ -88,7 +87,11 @@ class Block(ABC):
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
     """softmax(q k^T scale + bias) v, fused, with its heads side by side: [B, T, A K]."""
     heads_BATK = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-    return rearrange(heads_BATK, "b a t k -> b t (a k)")
+    return _side_by_side(heads_BATK)
+
+
+def _side_by_side(heads_BATK: Tensor) -> Tensor:
+    return heads_BATK.transpose(1, 2).flatten(2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +142,7 @@ def maskclip(last: Last) -> tuple[Tensor, Tensor]:
     """The last block with the identity for attention: a patch listens to itself alone."""
     (block,), patches = last.blocks, last.tokens[:, last.num_prefix :]
     q, k, v = block.qkv(block.norm_1(last.tokens))
-    values = rearrange(v[:, :, last.num_prefix :], "b a t k -> b t (a k)")
+    values = _side_by_side(v[:, :, last.num_prefix :])
     return block.with_mlp(patches + block.output(values)), _pooled(last, q, k, v)
 
 
@@ -168,10 +171,11 @@ def naclip(last: Last) -> tuple[Tensor, Tensor]:
 
 
 def neighbourhood(grid: tuple[int, int], like: Tensor) -> Tensor:
-    """exp(-d^2 / 2 sigma^2) of the distance d between tokens on the grid: [N, N], of the dtype and device of a tensor."""
-    rows, columns = (torch.arange(size, device=like.device, dtype=torch.float32) for size in grid)
-    row, column = (torch.exp(-((x[:, None] - x) ** 2) / (2 * NACLIP_SIGMA**2)) for x in (rows, columns))
-    return rearrange(row[:, None, :, None] * column[:, None, :], "h w y x -> (h w) (y x)").to(like.dtype)
+    """exp(-d^2 / 2 sigma^2) of the distance d between tokens on the grid: [N, N], in dtype and place of a tensor."""
+    wide = torch.promote_types(like.dtype, torch.float32)
+    sides = [torch.arange(size, device=like.device, dtype=wide) for size in grid]
+    row, column = (torch.exp(-((x[:, None] - x) ** 2) / (2 * NACLIP_SIGMA**2)) for x in sides)
+    return torch.kron(row, column).to(like.dtype)
 
 
 def surgery(last: Last) -> tuple[Tensor, Tensor]:
@@ -182,8 +186,8 @@ def surgery(last: Last) -> tuple[Tensor, Tensor]:
 def gem(last: Last) -> tuple[Tensor, Tensor]:
     """A second path that gathers self-self attention of queries, keys and values, each grouped with its like once more.
 
-    G(s) = softmax(tau s' s'^T) v with s' = normalise(softmax(tau s^ s^^T) s^), s^ = normalise(s), and tau the mean norm of
-    the image's tokens after norm_1 times K^-1/2: the temperature adapts to the picture.
+    G(s) = softmax(tau s' s'^T) v  with  s' = normalise(softmax(tau u u^T) u),  u = normalise(s),  and tau the mean norm
+    of the image's tokens after norm_1 times K^-1/2: the temperature adapts to the picture.
     """
 
     def read(block: Block, normed: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -218,7 +222,7 @@ def _pooled(last: Last, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 # Raw patches of a class-token tower are more like a text where the picture does not show it ("opposite visualization",
-# Li et al. 2023). An average or an attention pool makes the embedding of the patches' own values: there they are upright.
+# Li et al. 2023). An average or an attention pool makes the embedding of what the patches hold: there it is upright.
 _AS_POOLED = MappingProxyType({"class token": -1, "average": 1, "attention": 1})
 _UPRIGHT = MappingProxyType(dict.fromkeys(_AS_POOLED, 1))
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from arrcoc.backbones.base import Backbone
+from arrcoc.backbones.convolutional_tower import ConvolutionalTower
 from arrcoc.backbones.open_clip_towers import check_config, find_tower
-from arrcoc.backbones.timm_towers import ConvolutionalTower
 
 _CONVOLUTIONAL_TOKENS_PER_SIDE = 14  # 448 px at stride 32: what average-pooled towers see best of small things
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pth", "*.pt")

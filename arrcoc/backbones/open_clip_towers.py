@@ -1,8 +1,8 @@
 """open_clip's own image towers in parts: VisionTransformer, with class token, average or CoCa's attentional pooler.
 
-A tower of timm inside open_clip is read by timm_towers.py.
+Towers of timm inside open_clip are read by timm_towers.py and convolutional_tower.py.
 
-Axes: B images, T tokens inside the tower (P prefix, then N patches), C width, D joint width, A heads, K width of a head.
+Axes: B images, T tokens inside the tower (prefix, then N patches), C width, D joint width, A heads, K width of a head.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from arrcoc.backbones import convolutional_tower, timm_towers
+from arrcoc.backbones.convolutional_tower import ConvolutionalTower
 from arrcoc.backbones.dense import Block
 from arrcoc.backbones.positions import resample_positions
-from arrcoc.backbones.timm_towers import TIMM_POOLINGS, timm_tower
+from arrcoc.backbones.timm_towers import TimmTower
 from arrcoc.backbones.towers import Tower, TransformerTower
 
 _SUPPORTED = (
@@ -25,6 +27,9 @@ _SUPPORTED = (
     "(ViT-B-16-SigLIP2, EVA02-B-16, PE-Core-B-16, ...); convolutional timm towers with average pooling "
     "(tf_efficientnet_lite0, convnext_*, MobileCLIP-S1, ...)."
 )
+
+
+_REFUSED_MODELS = ("swin", "vitamin", "vit_relpos", "vit_base_mci", "eva02_enormous")  # as `find_tower` would, later
 
 
 def find_tower(visual: nn.Module, mode: str | None = None) -> Tower:
@@ -37,7 +42,7 @@ def find_tower(visual: nn.Module, mode: str | None = None) -> Tower:
     from open_clip.transformer import VisionTransformer
 
     if isinstance(visual, TimmModel):
-        return timm_tower(visual, mode, _SUPPORTED)
+        return _find_timm_tower(visual, mode)
     if isinstance(visual, VisionTransformer):
         return OpenClipTower(visual, mode)
     raise ValueError(f"image tower {type(visual).__name__} is not supported. {_SUPPORTED}")
@@ -50,12 +55,26 @@ def check_config(name: str, vision: dict[str, Any]) -> None:
         ValueError: if the tower is a CLIP ResNet, or pools in a way that gives patches no embedding.
     """
     if "timm_model_name" in vision:
-        pool, model = vision.get("timm_pool"), str(vision["timm_model_name"])
-        refused = (pool or "avg") not in TIMM_POOLINGS or model.startswith(("swin", "vit_relpos", "eva02_enormous"))
+        pool, model = vision.get("timm_pool") or "avg", str(vision["timm_model_name"])
+        refused = pool not in (*timm_towers.POOLINGS, *convolutional_tower.AVERAGES) or model.startswith(
+            _REFUSED_MODELS
+        )
     else:
         refused = isinstance(vision.get("attentional_pool"), str) or isinstance(vision.get("layers"), list)
     if refused:
         raise ValueError(f"image tower of {name!r} is not supported. {_SUPPORTED}")
+
+
+def _find_timm_tower(visual: Any, mode: str | None) -> Tower:
+    from timm.models.eva import Eva
+    from timm.models.vision_transformer import VisionTransformer
+
+    trunk = visual.trunk
+    transformer = type(trunk) in (VisionTransformer, Eva)
+    reason = timm_towers.reason_against(trunk) if transformer else convolutional_tower.reason_against(visual)
+    if reason:
+        raise ValueError(f"image tower timm {type(trunk).__name__} is not supported: {reason}. {_SUPPORTED}")
+    return TimmTower(visual, mode) if transformer else ConvolutionalTower(visual, mode)
 
 
 class OpenClipBlock(Block):
@@ -94,8 +113,8 @@ class OpenClipBlock(Block):
 class OpenClipTower(TransformerTower):
     """open_clip's VisionTransformer; patch dropout is a matter of training and left out.
 
-    A patch goes the way of what is pooled: through ln_post and proj. CoCa pools by the attention of learned queries; there
-    a patch goes through that head alone, attention over one key being its value.
+    A patch goes the way of what is pooled: through ln_post and proj. CoCa pools by the attention of learned queries:
+    there a patch goes through that head alone, attention over one key being its value.
 
     Raises:
         ValueError: if it pools in no way that gives a patch an embedding, or its attention is not softmax(q k^T) v.

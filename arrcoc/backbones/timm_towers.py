@@ -1,11 +1,10 @@
-"""timm's image towers inside open_clip, in parts: VisionTransformer and Eva (SigLIP, SigLIP 2, EVA-CLIP, PE-Core), convolutions.
+"""timm's transformers inside open_clip, in parts: VisionTransformer and Eva (SigLIP, SigLIP 2, EVA-CLIP, PE-Core).
 
-A transformer's patch goes the way of what is pooled: through the final norm, the head and open_clip's projection. A map
-head (attention of a learned query over all tokens, then an MLP) is run on each patch alone: attention over one key is its
-value. A convolution averages its map: token i is what the tower would say if its pooling saw cell i alone.
+A patch goes the way of what is pooled: through the final norm, the head and open_clip's projection. A map head
+(attention of a learned query over all tokens, then an MLP) is run on each patch alone: attention over one key is its
+value.
 
-Axes: B images, T tokens inside the tower (P prefix, then N patches), C width, D joint width, A heads, K width of a head,
-h and w grid.
+Axes: B images, T tokens inside the tower (prefix, then N patches), C width, A heads, K width of a head, h and w grid.
 """
 
 from __future__ import annotations
@@ -20,33 +19,14 @@ from torch import Tensor, nn
 
 from arrcoc.backbones.dense import Block
 from arrcoc.backbones.positions import resample_positions
-from arrcoc.backbones.towers import Tower, TransformerTower
+from arrcoc.backbones.towers import TransformerTower
 
-_AVERAGES = ("avg", "fast", "fastavg")
-_POOLINGS = {"token": "class token", "avg": "average", "map": "attention"}
-TIMM_POOLINGS = (*_AVERAGES, *_POOLINGS)
-"""Values of ``timm_pool`` that work in some tower."""
+POOLINGS = {"token": "class token", "avg": "average", "map": "attention"}
+"""What timm calls a way of pooling -> what a `TransformerTower` calls it."""
 
 
-def timm_tower(visual: Any, mode: str | None, supported: str) -> Tower:
-    """The reading that fits open_clip's TimmModel.
-
-    Raises:
-        ValueError: if the tower is not supported, with the reason and ``supported``, or does not offer the mode.
-    """
-    from timm.models.eva import Eva
-    from timm.models.vision_transformer import VisionTransformer
-
-    trunk = visual.trunk
-    transformer = type(trunk) in (VisionTransformer, Eva)
-    reason = _transformer_reason(trunk) if transformer else _convolution_reason(visual)
-    if reason:
-        raise ValueError(f"image tower timm {type(trunk).__name__} is not supported: {reason}. {supported}")
-    return TimmTower(visual, mode) if transformer else ConvolutionalTower(visual, mode)
-
-
-def _transformer_reason(trunk: Any) -> str | None:
-    """Why a VisionTransformer or Eva cannot be read, or None if it can."""
+def reason_against(trunk: Any) -> str | None:
+    """Why a VisionTransformer or Eva of timm cannot be read, or None if it can."""
     from timm.layers import AttentionPoolLatent, PatchEmbed
     from timm.layers.attention import Attention, AttentionRope
     from timm.layers.pos_embed_sincos import RotaryEmbeddingCat
@@ -57,7 +37,7 @@ def _transformer_reason(trunk: Any) -> str | None:
     pool = trunk.attn_pool
     if type(trunk.patch_embed) is not PatchEmbed:
         return f"its patches come from {type(trunk.patch_embed).__name__}"
-    if trunk.global_pool not in _POOLINGS:
+    if trunk.global_pool not in POOLINGS:
         return f"it pools by {trunk.global_pool!r}"
     if pool is not None and (type(pool) is not AttentionPoolLatent or pool.pos_embed is not None):
         return "its pooling head depends on positions"
@@ -70,18 +50,6 @@ def _transformer_reason(trunk: Any) -> str | None:
             return "its attention is gated or shares keys among heads"
     if rope is not None and (type(rope) is not RotaryEmbeddingCat or getattr(rope, "rotate_half", False)):
         return f"its positions are rotated by {type(rope).__name__}"
-    return None
-
-
-def _convolution_reason(visual: Any) -> str | None:
-    """Why another trunk cannot be read as a convolution with average pooling, or None if it can."""
-    from timm.layers import SelectAdaptivePool2d
-
-    trunk = visual.trunk
-    pools = [getattr(part, "global_pool", None) for part in (trunk, getattr(trunk, "head", None))]
-    averages = any(isinstance(pool, SelectAdaptivePool2d) and pool.pool_type in _AVERAGES for pool in pools)
-    if not averages or hasattr(visual.head, "pool") or getattr(trunk, "output_fmt", "NCHW") != "NCHW":
-        return "it is not a convolutional tower with average pooling, or its input size is fixed"
     return None
 
 
@@ -148,7 +116,7 @@ class TimmTower(TransformerTower):
         self.stride = (int(trunk.patch_embed.patch_size[0]), int(trunk.patch_embed.patch_size[1]))
         self.native_grid = (int(trunk.patch_embed.grid_size[0]), int(trunk.patch_embed.grid_size[1]))
         self.num_prefix = int(trunk.num_prefix_tokens)
-        self.pooling = _POOLINGS[trunk.global_pool]
+        self.pooling = POOLINGS[trunk.global_pool]
         self.blocks = [TimmBlock(block) for block in trunk.blocks]
         after = (trunk.norm, trunk.attn_pool, trunk.fc_norm, trunk.head, visual.head)
         self.tail = [part for part in after if part is not None]
@@ -211,76 +179,5 @@ def _value_path(pooler: Any, patches: Tensor) -> Tensor:
     """timm's AttentionPoolLatent of each patch alone: its value, the output projection and the MLP."""
     width = pooler.kv.weight.shape[0] // 2
     bias = None if pooler.kv.bias is None else pooler.kv.bias[width:]
-    x = pooler.proj(F.linear(patches, pooler.kv.weight[width:], bias))
+    x: Tensor = pooler.proj(F.linear(patches, pooler.kv.weight[width:], bias))
     return x if pooler.mlp is None else x + pooler.mlp(pooler.norm(x))
-
-
-class ConvolutionalTower(Tower):
-    """Tokens of an average-pooled timm tower: head(features at cell i); pooled = head(mean over cells of features).
-
-    Where the head is affine the mean of the tokens is the image embedding, and tokens are left unnormalised. Where it
-    normalises or bends (ConvNeXt, mlp projections) they have unit norm, as in Yu et al. 2023 (FC-CLIP, section 3.3).
-    The stages of EfficientNet, ConvNeXt and FastViT can be trained one by one.
-    """
-
-    def __init__(self, visual: Any, mode: str | None = None) -> None:
-        trunk = visual.trunk
-        self.visual, self.trunk = visual, trunk
-        stride = int(trunk.feature_info[-1]["reduction"])
-        self.stride = (stride, stride)
-        self.native_grid = (visual.image_size[0] // stride, visual.image_size[1] // stride)
-        self.modes = ("raw",)
-        self.mode, self.orientation = self._choose(mode, "raw"), 1
-        self.normalize_patches = not self._head_is_affine()
-        self.num_blocks = len(self._parts()[1])
-
-    def features(self, pixels: Tensor, num_last: int = 0) -> Tensor:
-        self._check_num_last(num_last)
-        if not num_last:
-            return self.trunk.forward_features(pixels)  # type: ignore[no-any-return]
-        before, stages, _ = self._parts()
-        return _run((*before, *stages[:-num_last]), pixels)
-
-    def finish(self, features: Tensor, grid: tuple[int, int], num_last: int = 0) -> tuple[Tensor, Tensor]:
-        self._check_num_last(num_last)
-        _, stages, after = self._parts()
-        features_BChw = _run((*stages[-num_last:], *after), features) if num_last else features
-        cells = rearrange(features_BChw, "b c h w -> (b h w) c 1 1")
-        patches_BND = rearrange(self._head(cells), "(b n) d -> b n d", b=len(features_BChw))
-        return patches_BND, self._head(features_BChw)
-
-    def last_parameters(self, num_last: int) -> list[nn.Parameter]:
-        self._check_num_last(num_last)
-        before, stages, _ = self._parts()
-        kept = (*before, *stages[: len(stages) - num_last])
-        frozen = {id(parameter) for part in kept for parameter in part.parameters()}
-        return [parameter for parameter in self.visual.parameters() if id(parameter) not in frozen]
-
-    def _parts(self) -> tuple[Sequence[nn.Module], Sequence[nn.Module], Sequence[nn.Module]]:
-        """What the trunk's forward_features runs, in order; no stages for a kind of trunk that is not known by its parts."""
-        trunk = self.trunk
-        match type(trunk).__name__:
-            case "EfficientNet":
-                return (trunk.conv_stem, trunk.bn1), list(trunk.blocks), (trunk.conv_head, trunk.bn2)
-            case "ConvNeXt":
-                return (trunk.stem,), list(trunk.stages), (trunk.norm_pre,)
-            case "FastVit":
-                return (trunk.stem,), list(trunk.stages), (trunk.final_conv,)
-        return (), (), ()
-
-    def _head(self, features_BChw: Tensor) -> Tensor:
-        pooled: Tensor = self.visual.head(self.trunk.forward_head(features_BChw))
-        return pooled
-
-    @torch.no_grad()
-    def _head_is_affine(self) -> bool:
-        """Does averaging commute with the head? Tried on four features rather than read off class names."""
-        weight = next(self.visual.parameters())
-        probe = torch.randn(4, self.trunk.num_features, 1, 1, generator=torch.Generator().manual_seed(0)).to(weight)
-        return torch.allclose(self._head(probe).mean(0), self._head(probe.mean(0, keepdim=True))[0], 1e-2, 1e-2)
-
-
-def _run(parts: Sequence[nn.Module], x: Tensor) -> Tensor:
-    for part in parts:
-        x = part(x)
-    return x

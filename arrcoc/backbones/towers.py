@@ -1,8 +1,8 @@
 """Image towers of any library, seen one way.
 
 A `Tower` turns pixels into patch tokens and an image embedding, in two steps so that its last blocks can be trained. A
-`TransformerTower` is a tower of `Block`s: what differs between libraries (names, layouts, position embeddings) ends here,
-and the dense modes are written once, on blocks.
+`TransformerTower` is a tower of `Block`s: what differs between libraries (names, layouts, position embeddings) ends
+here, and the dense modes are written once, on blocks.
 
 Axes: B images, T tokens inside the tower (prefix, then patches), N patches, C width, D joint width, H and W pixels.
 """
@@ -20,7 +20,7 @@ from arrcoc.backbones.dense import DEFAULT_MODE, MODES, Block, Last
 class Tower(ABC):
     """An image tower read token by token, in one mode.
 
-    A deep copy of a tower belongs to the deep copy of its modules: towers keep modules, never functions closed over them.
+    Towers keep modules, never functions closed over them: so a deep copy of a tower belongs to that of its modules.
 
     Attributes:
         stride: (height, width) of a token in pixels.
@@ -83,7 +83,7 @@ class TransformerTower(Tower):
     Attributes:
         num_prefix: class and register tokens before the patches; a class token is the first.
         pooling: how the image embedding is made: "class token", "average" or "attention".
-        mean_is_embedding: True if the plain mean of raw tokens is the image embedding (average pooling, norm before it).
+        mean_is_embedding: True if the plain mean of raw tokens is the image embedding (a norm, then the average).
         blocks: in order.
         tail: modules and parameters behind the last block (norm, pooling head, projection), for `last_parameters`.
     """
@@ -108,7 +108,7 @@ class TransformerTower(Tower):
 
     @abstractmethod
     def pool(self, tokens: Tensor) -> Tensor:
-        """Image embedding [B, D] of the last block's output [B, T, C]; pooling by class token may get the prefix alone."""
+        """Image embedding [B, D] of the last block's output [B, T, C]; a class-token pool may get the prefix alone."""
 
     def blocks_at(self, grid: tuple[int, int]) -> Sequence[Block]:
         """The blocks for pictures of a grid; a tower that rotates queries and keys by position overrides this."""

@@ -1,12 +1,14 @@
 """Zero-shot similarity logits of tokens and text, with scales weighted by their flatness.
 
 For one scale, S = orientation * logit_scale * (patches . query) + logit_bias; a backbone trained without a bias has no
-absolute zero, so its map is centred instead. A backbone with a text origin t_0 is scored by the difference that the text
-makes, patches . (query - t_0), in which a bias cancels; its map is centred as well. For several scales, S = sum_s w_s S_s with w_s inversely proportional to
-the sharpness of scale s: the norm of the gradient of its relevance with respect to its tokens,
+absolute zero, so its map is centred instead. A backbone with a text origin t_0 is scored by the difference that a text
+makes, patches . (query - t_0): a bias cancels there, and the map is centred as well. For several scales,
+S = sum_s w_s S_s with w_s inversely proportional to the sharpness of scale s: the norm of the gradient of its relevance
+with respect to its tokens,
 
-    || d sum_i sigmoid(S_i) / d patches || = logit_scale * || sigmoid'(S) ||        (the query has unit norm; the length of
-                                                                                     query - t_0 cancels in the weights).
+    || d sum_i sigmoid(S_i) / d patches || = logit_scale * || sigmoid'(S) ||
+
+for a query of unit norm; another length, as that of query - t_0, is the same for all scales and cancels in the weights.
 
 Axes: B batch, N tokens, Q queries, D embedding width, L scales.
 """

@@ -86,6 +86,11 @@ LEVELS: dict[str, dict[str, int]] = {
         "evaluation.report": 3,
         "evaluation.orientation": 4,
         "scorer": 6,
+        "scoring.tables": 1,
+        "scoring.state": 1,
+        "scoring.prepare": 2,
+        "scoring.inputs": 7,
+        "scoring.many": 8,
         "evaluation.benchmark": 7,
         "training.calibration": 2,
         "training.losses": 1,
@@ -95,7 +100,7 @@ LEVELS: dict[str, dict[str, int]] = {
         "training.trainer": 7,
     },
 }
-TABLES_OF_CONTENTS = {"", "data", "model", "training", "evaluation", "optimizers", "sharpness"}
+TABLES_OF_CONTENTS = {"", "data", "model", "training", "evaluation", "scoring", "optimizers", "sharpness"}
 
 
 def modules(package: str) -> dict[str, Path]:

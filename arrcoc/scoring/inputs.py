@@ -1,0 +1,118 @@
+"""What is scored: picture files, folders, manifests and shards as one stream of pictures, in an order that stays."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from arrcoc.data.manifest import read_manifest
+from arrcoc.data.records import Record
+from arrcoc.data.skips import ItemError, Skips
+
+IMAGE_SUFFIXES = frozenset(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm .avif".split())
+MANIFEST_SUFFIXES = frozenset({".jsonl", ".ndjson"})
+SHARD_SUFFIXES = frozenset({".tar"})
+
+Input: TypeAlias = str | os.PathLike[str] | Record
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, slots=True)
+class BrokenInput:
+    """What a reader could not make a picture of, e.g. a line of a manifest."""
+
+    name: str
+    error: ItemError
+
+
+class _Collect(Skips):
+    """Keeps broken items for the stream instead of counting them."""
+
+    def __init__(self, source: str, on_error: str) -> None:
+        super().__init__(on_error)
+        self.source = source
+        self.pending: list[BrokenInput] = []
+
+    def add_broken(self, name: str, error: ItemError) -> None:
+        name = f"{self.source}: {name}"
+        if self.on_error == "raise":
+            raise ItemError(f"{name}: {error}", reason=error.reason) from error
+        self.pending.append(BrokenInput(name=name, error=error))
+
+    def take(self) -> list[BrokenInput]:
+        taken, self.pending = self.pending, []
+        return taken
+
+
+def is_picture_file(name: str | os.PathLike[str]) -> bool:
+    """Whether an input is taken for a single picture: no folder, no manifest, no shard."""
+    path = Path(name)
+    return not path.is_dir() and path.suffix.lower() not in MANIFEST_SUFFIXES | SHARD_SUFFIXES
+
+
+def read_inputs(inputs: Input | Iterable[Input], *, on_error: str = "raise") -> Iterator[Record | BrokenInput]:
+    """The pictures that inputs name, one after the other, none decoded yet.
+
+    Args:
+        inputs: one or several of
+
+            - a folder: the pictures in it and in its folders, by name, in the order of their paths. A picture is a file
+              with a known suffix; names that start with a dot and links to folders are passed over;
+            - a manifest, ``.jsonl`` or ``.ndjson``, as ``arrcoc.data.manifest`` reads it;
+            - a WebDataset shard, ``.tar``;
+            - any other path: a picture;
+            - a ``Record``, e.g. with a picture in memory.
+        on_error: "raise" stops at the first broken line or entry, "skip" hands it out as a `BrokenInput`.
+
+    Raises:
+        FileNotFoundError: if a manifest or shard is missing.
+        ValueError: if a folder holds no picture, or an item is broken and on_error is "raise".
+    """
+    several = [inputs] if isinstance(inputs, str | os.PathLike | Record) else inputs
+    for entry in several:
+        if isinstance(entry, Record):
+            yield entry
+            continue
+        path = Path(entry)
+        if path.is_dir():
+            yield from _read_folder(path)
+        elif is_picture_file(path):
+            yield Record(name=os.fspath(entry), image=path, queries={})
+        else:
+            skips = _Collect(str(path), on_error)
+            for record in _open(path, skips):
+                yield from skips.take()
+                yield record
+            yield from skips.take()
+
+
+def _open(path: Path, skips: Skips) -> Iterator[Record]:
+    if path.suffix.lower() in MANIFEST_SUFFIXES:
+        return read_manifest(path, skips=skips)
+    from arrcoc.data.webdataset import iterate_shards
+
+    return iterate_shards([path], skips=skips)
+
+
+def _read_folder(folder: Path) -> Iterator[Record]:
+    empty = True
+    for path in _walk(folder):
+        empty = False
+        yield Record(name=str(path), image=path, queries={})
+    if empty:
+        raise ValueError(f"folder {str(folder)!r} holds no picture ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Picture files under a folder, lazily: a folder's names are held, not those of the whole tree."""
+    with os.scandir(folder) as entries:
+        named = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)
+    for name, is_folder in named:
+        if name.startswith("."):
+            continue
+        if is_folder:
+            yield from _walk(folder / name)
+        elif Path(name).suffix.lower() in IMAGE_SUFFIXES:
+            yield folder / name

@@ -1,0 +1,293 @@
+"""Score many pictures: workers decode, the tower sees batches of one shape, records come in the order of the inputs.
+
+The stream is cut into parts of ``part_size`` pictures. A part is scored, written and noted before the next one starts,
+and nothing is carried over, so a run that was cut goes on at its next part and writes what it would have written.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from arrcoc.data.records import Record
+from arrcoc.images import as_images
+from arrcoc.model.allocation import keep_top, num_tokens_of
+from arrcoc.scorer import RelevanceScorer, check_queries
+from arrcoc.scoring.inputs import BrokenInput, Input, read_inputs
+from arrcoc.scoring.prepare import Broken, Prepared, Task, batches_of_one_shape, prepare
+from arrcoc.scoring.state import PartDigest, RunState, Skipped, fingerprint
+from arrcoc.scoring.tables import WRITERS, Layout, Score, import_pyarrow, part_name
+
+_WAITING_BATCHES = 8  # of pictures held back until their shape fills a batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringSummary:
+    """What a run of ``score_many`` did.
+
+    Args:
+        num_pictures: pictures of the stream; scored and skipped ones.
+        num_scored: pictures with records.
+        num_records: records, one for each picture and query.
+        num_skipped: reason -> number of pictures.
+        num_resumed: of the pictures, those that an earlier run had done.
+        seconds: time of this run.
+    """
+
+    num_pictures: int
+    num_scored: int
+    num_records: int
+    num_skipped: dict[str, int]
+    num_resumed: int
+    seconds: float
+
+    @property
+    def pictures_per_second(self) -> float:
+        """Throughput of this run, resumed pictures not counted."""
+        return (self.num_pictures - self.num_resumed) / self.seconds
+
+    def __str__(self) -> str:
+        new = self.num_pictures - self.num_resumed
+        before = f" ({self.num_resumed} before)" if self.num_resumed else ""
+        lines = [
+            f"{self.num_scored} pictures scored, {self.num_records} records{before}; "
+            f"{new} pictures in {self.seconds:.1f} s, {self.pictures_per_second:.1f} pictures/s"
+        ]
+        lines += [f"{number} skipped: {reason}" for reason, number in sorted(self.num_skipped.items())]
+        return "\n".join(lines)
+
+
+def score_many(
+    scorer: RelevanceScorer,
+    inputs: Input | Iterable[Input],
+    queries: Iterable[str] | None = None,
+    *,
+    output: str | os.PathLike[str],
+    format: str = "jsonl",
+    budget: int | float | None = None,
+    precision: str = "float32",
+    logits: bool = False,
+    batch_size: int = 16,
+    part_size: int = 1000,
+    num_workers: int = 2,
+    on_error: str = "raise",
+    resume: bool = False,
+    progress: bool | None = None,
+) -> ScoringSummary:
+    """Score every picture of a stream for its queries, into tables of relevance.
+
+    The records are those of ``scorer.score``, up to the rounding of a batched pass. Memory does not grow with the
+    stream: what is held is the pictures that wait for their batch, at most 8 batches of them, and the maps of a part.
+
+    Args:
+        scorer: scores; one pass of its vision tower (a scale) serves all queries of a picture.
+        inputs: files, folders, manifests, shards, records; see ``read_inputs``.
+        queries: asked of every picture; None for each picture's own, which a manifest or shard gives.
+        output: folder for ``part-00000.jsonl`` (or ``.parquet``) and so on, ``run.json``, and ``skipped.jsonl`` if
+            pictures were skipped.
+        format: "jsonl" or "parquet".
+        budget: adds the tokens to keep, a number of them (int) or a share (float) as in ``RelevanceResult.keep``; None
+            for none.
+        precision: "float32" or "float16", of maps in Parquet; in JSON 6 or 4 decimals.
+        logits: write the relevance logits too.
+        batch_size: pictures that go through the tower together, >= 1.
+        part_size: pictures of a part, >= 1; a run that is cut loses less than one.
+        num_workers: processes that decode and resize; 0 does it in this one.
+        on_error: "raise" stops at the first picture that cannot be scored, "skip" writes it to ``skipped.jsonl``,
+            counts it and goes on.
+        resume: go on after the last part that an earlier run completed.
+        progress: show a bar; None for: on a terminal.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ValueError: for bad settings or pictures, or if the run to resume had other settings or inputs.
+        FileExistsError: if output is not empty and resume is False.
+        FileNotFoundError: if an input is missing.
+        ImportError: for Parquet without pyarrow.
+    """
+    started = time.perf_counter()
+    texts = None if queries is None else check_queries(queries)
+    layout = Layout(precision=precision, logits=logits, kept=budget is not None)
+    _check(format, on_error, batch_size, part_size, num_workers)
+    settings = _identity(scorer) | {
+        "queries": None if texts is None else list(texts),
+        "budget": _describe_budget(budget),
+        "format": format,
+        "precision": precision,
+        "logits": logits,
+        "part_size": part_size,
+    }
+    tasks = _tasks(read_inputs(inputs, on_error=on_error), texts)
+    first = next(tasks, None)
+    if first is None:
+        raise ValueError("inputs must hold at least one picture, got none.")
+    tasks = chain([first], tasks)
+    state = RunState(Path(output), settings, resume=resume)
+    _pass_over(tasks, state, part_size)
+    num_resumed = state.num_pictures
+    ready = prepare(tasks, scorer.model.backbone, scorer.scales, num_workers=num_workers)
+    bar = tqdm(unit=" pictures", initial=num_resumed, disable=None if progress is None else not progress)
+    with bar, closing(ready):
+        while True:
+            part = _Part(scorer, budget, layout, on_error)
+            part.score(islice(ready, part_size), batch_size, bar.update)
+            if not part.num_pictures:
+                break
+            scores = part.in_order()
+            WRITERS[format](state.folder / part_name(len(state.parts), format), scores, layout)
+            state.add_part(part.num_pictures, len(scores), part.skipped, part.digest)
+    return ScoringSummary(
+        num_pictures=state.num_pictures,
+        num_scored=state.num_pictures - state.skipped.total(),
+        num_records=state.num_records,
+        num_skipped=dict(state.skipped),
+        num_resumed=num_resumed,
+        seconds=time.perf_counter() - started,
+    )
+
+
+class _Part:
+    """The scores of one part while they are made."""
+
+    def __init__(self, scorer: RelevanceScorer, budget: int | float | None, layout: Layout, on_error: str) -> None:
+        self.scorer, self.budget, self.layout, self.on_error = scorer, budget, layout, on_error
+        self.num_pictures = 0
+        self.digest = PartDigest()
+        self.skipped: list[Skipped] = []
+        self._scores: dict[int, list[Score]] = {}
+
+    def in_order(self) -> list[Score]:
+        """The scores in the order of the pictures, and of the queries of each."""
+        return [score for number in sorted(self._scores) for score in self._scores[number]]
+
+    def score(self, pictures: Iterable[Prepared | Broken], batch_size: int, tick: Callable[[int], object]) -> None:
+        """Score the pictures; ``tick`` is told how many are done, from time to time."""
+        sound = self._sound(pictures, tick)
+        for batch in batches_of_one_shape(sound, batch_size=batch_size, max_waiting=_WAITING_BATCHES * batch_size):
+            pixels = zip(*(picture.levels for picture in batch), strict=True)
+            levels = {s: as_images(np.stack(level)) for s, level in zip(self.scorer.scales, pixels, strict=True)}
+            logits = self.scorer.score_images(levels, [picture.queries for picture in batch])
+            for picture, maps in zip(batch, logits, strict=True):
+                self._add(picture, maps)
+            tick(len(batch))
+
+    def _sound(self, pictures: Iterable[Prepared | Broken], tick: Callable[[int], object]) -> Iterator[Prepared]:
+        for picture in pictures:
+            self.num_pictures += 1
+            self.digest.add(picture.name, picture.queries)
+            if isinstance(picture, Prepared):
+                yield picture
+            else:
+                self._skip(picture)
+                tick(1)
+
+    def _skip(self, broken: Broken) -> None:
+        if self.on_error == "raise":
+            if broken.name in str(broken.error):
+                raise broken.error
+            raise ValueError(f"{broken.name}: {broken.error}") from broken.error
+        self.skipped.append(
+            Skipped(number=broken.number, image=broken.name, reason=broken.reason, error=str(broken.error))
+        )
+
+    def _add(self, picture: Prepared, logits_Qhw: Tensor) -> None:
+        if not bool(torch.isfinite(logits_Qhw).all()):
+            raise FloatingPointError(f"{picture.name}: the relevance logits are not finite.")
+        kept: list[Any] = [None] * len(picture.queries)
+        if self.budget is not None:
+            try:
+                num_kept = num_tokens_of(self.budget, logits_Qhw[0].numel())
+            except ValueError as error:  # more than this picture's grid has
+                self._skip(picture.broken("budget above the grid", error))
+                return
+            kept = [keep_top(logits.flatten(), num_kept).keep_indices.int().numpy() for logits in logits_Qhw]
+        self._scores[picture.number] = [
+            Score(
+                number=picture.number,
+                image=picture.name,
+                query=query,
+                relevance=torch.sigmoid(logits).numpy(),
+                logits=logits.numpy() if self.layout.logits else None,
+                kept=indices,
+            )
+            for query, logits, indices in zip(picture.queries, logits_Qhw, kept, strict=True)
+        ]
+
+
+def _tasks(inputs: Iterable[Record | BrokenInput], texts: tuple[str, ...] | None) -> Iterator[Task | Broken]:
+    for number, entry in enumerate(inputs):
+        if isinstance(entry, BrokenInput):
+            yield Broken(number=number, name=entry.name, queries=(), reason=entry.error.reason, error=entry.error)
+            continue
+        task = Task(number=number, name=entry.name, image=entry.image, queries=texts or tuple(entry.queries))
+        try:
+            check_queries(task.queries)
+        except ValueError as error:
+            yield task.broken("no query", error)
+        else:
+            yield task
+
+
+def _pass_over(tasks: Iterator[Task | Broken], state: RunState, part_size: int) -> None:
+    """Skip the pictures of the parts that are done, and see that they are the same ones."""
+    for part, expected in enumerate(state.parts):
+        digest = PartDigest()
+        for task in islice(tasks, part_size):
+            digest.add(task.name, task.queries)
+        if str(digest) != expected:
+            last = min((part + 1) * part_size, state.num_pictures) - 1
+            raise ValueError(
+                f"inputs must be those of the run in {str(state.folder)!r} to resume it: "
+                f"pictures {part * part_size} to {last}, or their queries, are not the same."
+            )
+
+
+def _identity(scorer: RelevanceScorer) -> dict[str, Any]:
+    """What of a scorer decides about its results."""
+    model = scorer.model
+    return {
+        "backbone": model.backbone.fingerprint(),
+        "mode": model.backbone.mode,
+        "dtype": str(model.backbone.dtype),
+        "head": None if model.head is None else fingerprint(model.head.state_dict()),
+        "scales": list(scorer.scales),
+    }
+
+
+def _describe_budget(budget: int | float | None) -> str | None:
+    """The budget as text, for 1 is one token and 1.0 all of them."""
+    if budget is None:
+        return None
+    num_tokens_of(budget, sys.maxsize)  # refuses what no grid allows
+    return str(operator.index(budget)) if hasattr(budget, "__index__") else str(float(budget))
+
+
+def _check(format: str, on_error: str, batch_size: int, part_size: int, num_workers: int) -> None:
+    if format not in WRITERS:
+        raise ValueError(f"format must be one of {', '.join(WRITERS)}, got {format!r}.")
+    if format == "parquet":
+        import_pyarrow()
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f'on_error must be "raise" or "skip", got {on_error!r}.')
+    for name, value, least in (
+        ("batch_size", batch_size, 1),
+        ("part_size", part_size, 1),
+        ("num_workers", num_workers, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{name} must be >= {least}, got {value!r}.")

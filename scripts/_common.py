@@ -73,6 +73,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def count(text: str) -> int:
+    """A whole number >= 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number >= 0, got {text!r}")
+    return int(text)
+
+
 def budget(text: str) -> float:
     """A number of tokens as int, a share of them as float: the type says which."""
     if text.isdecimal() and int(text) >= 1:

@@ -2,8 +2,9 @@
 
 Positions of CLIP and SigLIP are resampled by `resample_positions`, bicubic and antialiased as in open_clip and timm, so
 that one set of weights gives the same tokens in both libraries at every size. transformers' own
-``interpolate_pos_encoding`` is bicubic without antialiasing: it agrees at the native size alone. SigLIP 2 NaFlex was
-trained at many sizes with positions resampled bilinearly, antialiased; its tower does the same.
+``interpolate_pos_encoding`` does not antialias and has another kernel (a = -0.75 instead of -0.5): it agrees at the
+native size alone. SigLIP 2 NaFlex was trained at many sizes with positions resampled bilinearly, antialiased; its tower
+does the same.
 
 Axes: B images, T tokens inside the tower (class token, then patches), N patches, C width, A heads, K width of a head, D
 joint width, h and w grid, p and q rows and columns of a patch.

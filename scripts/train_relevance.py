@@ -83,7 +83,7 @@ def _train(arguments: argparse.Namespace) -> None:
         output=arguments.output,
         resume=arguments.resume,
         progress=progress,
-        report=lambda record: print(_line(record), flush=True),
+        callbacks=[lambda _, record: print(_line(record), flush=True)],
     )
     print(f"\nAP over tokens       {'zero-shot':>9} {'trained':>9}")
     for name in encoded:

@@ -7,29 +7,23 @@ Axes: B batch, N tokens, Q queries, D embedding width, H and W picture height an
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from arrcoc._files import atomic_path, write_json
 from arrcoc.backbones import load_backbone
 from arrcoc.backbones.base import Backbone
-from arrcoc.config import HeadConfig
 from arrcoc.model.allocation import PrecisionAwareAllocation
 from arrcoc.model.head import RelevanceHead
 from arrcoc.model.multiscale import FlatnessAwareMultiScale
 from arrcoc.model.robustness import RelevanceRobustness
+from arrcoc.model.saving import read_head, read_settings, restored_backbone, write_model
 from arrcoc.model.similarity import similarity_logits
 from arrcoc.tokens import VisualTokens
 
-_FORMAT = "arrcoc-relevance-1"
 _MAX_CACHED_TEXTS = 4096
 
 
@@ -37,7 +31,8 @@ class RelevanceModel(nn.Module):
     """Says which share of each visual token a text query covers.
 
     Args:
-        backbone: a frozen vision-language model; it is not saved with the model, only named.
+        backbone: a frozen vision-language model; it is not saved with the model, only named, but for the blocks of it
+            that were trained.
         head: a RelevanceHead; None for the backbone's zero-shot similarity.
         robustness, allocation, multiscale: components with settings of their own; defaults if None.
     """
@@ -160,24 +155,20 @@ class RelevanceModel(nn.Module):
         return VisualTokens(visual_tokens, visual_tokens.mean(1), grid or (side, side))
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write the head and the settings; the backbone is named and fingerprinted, not copied."""
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.head is not None:
-            state = {name: value.detach().cpu().contiguous() for name, value in self.head.state_dict().items()}
-            with atomic_path(folder / "head.safetensors") as temporary:
-                save_file(state, temporary, metadata={"format": "pt"})
-        write_json(folder / "config.json", self._settings())
+        """Write the head, the backbone's trained blocks and the settings; its other weights are only named.
 
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "format": _FORMAT,
-            "backbone": {"spec": self.backbone.spec, "fingerprint": self.backbone.fingerprint()},
-            "head": None if self.head is None else vars(self.head.config),
-            "robustness": {"rho": self.robustness.rho},
-            "allocation": {"target_precision": self.allocation.target_precision},
-            "multiscale": {"scales": list(self.multiscale.scales)},
-        }
+        A backbone is named by its spec, mode and fingerprint: of the weights that its trained blocks started from.
+        """
+        write_model(
+            Path(directory),
+            self.backbone,
+            self.head,
+            {
+                "robustness": {"rho": self.robustness.rho},
+                "allocation": {"target_precision": self.allocation.target_precision},
+                "multiscale": {"scales": list(self.multiscale.scales)},
+            },
+        )
 
     @classmethod
     def from_pretrained(
@@ -192,29 +183,22 @@ class RelevanceModel(nn.Module):
 
         Args:
             directory: the folder.
-            backbone: the loaded backbone, used as it is; None loads the one that the folder names.
+            backbone: the loaded backbone, left as it is (trained blocks go into a copy); None loads the one that the
+                folder names.
             device, dtype: of a backbone that is loaded; CPU and float32 if None. The head goes where the backbone is.
 
         Raises:
             FileNotFoundError: if the folder holds no relevance model.
-            ValueError: if it is damaged, or was trained on another backbone.
+            ValueError: if it is damaged, or was trained on another backbone or in another mode.
         """
         folder = Path(directory)
-        settings = _read_settings(folder)
-        wanted = settings["backbone"]
-        backbone = backbone or load_backbone(wanted["spec"], device=device, dtype=dtype)
-        if backbone.fingerprint() != wanted["fingerprint"]:
-            raise ValueError(
-                f"{folder} was trained on the backbone {wanted['spec']!r} with fingerprint {wanted['fingerprint']}, "
-                f"got {backbone.spec!r} with {backbone.fingerprint()}: a head only fits the weights it was trained on."
-            )
-        head = None
-        if settings["head"] is not None:
-            head = RelevanceHead(HeadConfig(**settings["head"]))
-            try:
-                head.load_state_dict(load_file(folder / "head.safetensors"))
-            except (OSError, RuntimeError, SafetensorError) as error:
-                raise ValueError(f"{folder / 'head.safetensors'} is missing or damaged: {error}") from error
+        settings = read_settings(folder)
+        if backbone is None:
+            wanted = settings["backbone"]
+            backbone = load_backbone(wanted["spec"], device=device, dtype=dtype, mode=wanted["mode"])
+            backbone.orientation = wanted["orientation"] or backbone.orientation
+        backbone = restored_backbone(folder, settings["backbone"], backbone)
+        head = read_head(folder, settings["head"])
         model = cls(
             backbone,
             head,
@@ -225,16 +209,3 @@ class RelevanceModel(nn.Module):
         if head is not None:
             head.to(backbone.device)
         return model.eval()
-
-
-def _read_settings(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no relevance model: config.json is missing.")
-    try:
-        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if settings.get("format") != _FORMAT:
-        raise ValueError(f"{path} must have format {_FORMAT!r}, got {settings.get('format')!r}.")
-    return settings

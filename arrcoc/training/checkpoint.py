@@ -11,7 +11,7 @@ import torch
 
 from arrcoc._files import atomic_path
 
-_FORMAT = "arrcoc-training-1"
+_FORMAT = "arrcoc-training-2"
 
 
 def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:

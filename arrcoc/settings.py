@@ -1,0 +1,214 @@
+"""Settings from files and command lines: nested frozen dataclasses, read and explained by their own fields.
+
+A field's type says how it is read, its default what happens without it, and the ``Args`` of its class's docstring what
+it means; so a file, a command line and the code cannot disagree. Nested settings are sections of a file; on a command
+line the names of all fields stand side by side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import inspect
+import json
+import re
+import tomllib
+import types
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+Settings = TypeVar("Settings")
+
+_WORDS = {float: "a number", int: "a whole number", str: "a string", bool: "true or false"}
+
+
+def to_dict(settings: Any) -> dict[str, Any]:
+    """Plain numbers, strings, lists and dicts, as JSON has them."""
+    return {field.name: _plain(getattr(settings, field.name)) for field in fields(settings)}
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return to_dict(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def updated(settings: Settings, values: Mapping[str, Any], where: str = "") -> Settings:
+    """The settings with some values replaced; they check themselves anew.
+
+    Args:
+        settings: a dataclass, its fields plain values or such dataclasses again.
+        values: field -> value, or a mapping for nested settings; lists stand for tuples.
+        where: prefix of the names in errors, e.g. ``"train."``.
+
+    Raises:
+        ValueError: for an unknown name or a value of the wrong type, with its name; and what the settings refuse.
+    """
+    hints = get_type_hints(type(settings))
+    changes = {}
+    for name, value in values.items():
+        if name not in hints:
+            close = difflib.get_close_matches(name, hints, n=1)
+            guess = f"did you mean {where + close[0]!r}?" if close else f"there are {', '.join(hints)}."
+            raise ValueError(f"unknown setting {where + name!r}: {guess}")
+        current = getattr(settings, name)
+        if is_dataclass(current) and isinstance(value, Mapping):
+            changes[name] = updated(current, value, f"{where}{name}.")
+        else:
+            changes[name] = _cast(value, hints[name], where + name)
+    return replace(settings, **changes)  # type: ignore[type-var]
+
+
+def _cast(value: Any, hint: Any, name: str) -> Any:
+    hint, optional = _required(hint)
+    if optional and value is None:
+        return None
+    if get_origin(hint) is tuple and isinstance(value, list | tuple):
+        return tuple(_cast(part, get_args(hint)[0], name) for part in value)
+    if get_origin(hint) is dict and isinstance(value, Mapping):
+        return dict(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and type(value) is hint:
+        return value
+    what = {tuple: "a list", dict: "a table"}.get(get_origin(hint)) or _WORDS.get(hint, "a section")
+    raise ValueError(f"{name} must be {what}{' or nothing' if optional else ''}, got {value!r}.")
+
+
+def _required(hint: Any) -> tuple[Any, bool]:
+    """A type without None, and whether it had it."""
+    if get_origin(hint) not in (Union, types.UnionType):
+        return hint, False
+    (inner,) = (part for part in get_args(hint) if part is not type(None))
+    return inner, True
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The values of a settings file, JSON or TOML by its ending.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it ends otherwise, or does not hold what its ending says.
+    """
+    path = Path(path)
+    readers: dict[str, Callable[[str], Any]] = {".json": json.loads, ".toml": tomllib.loads}
+    if path.suffix not in readers:
+        raise ValueError(f"a settings file must end with .json or .toml, got {str(path)!r}.")
+    if not path.is_file():
+        raise FileNotFoundError(f"no settings file at {path}.")
+    try:
+        values = readers[path.suffix](path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold settings by name, got {type(values).__name__}.")
+    return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leaf:
+    """One value of nested settings: where it is, how a command line calls it, its type, default and meaning."""
+
+    path: tuple[str, ...]
+    flag: str
+    hint: Any
+    default: Any
+    text: str
+
+
+def leaves(settings: Any, path: tuple[str, ...] = (), flags: Mapping[str, str] | None = None) -> Iterator[Leaf]:
+    """Every value of nested settings. A field's metadata ``flags`` renames what is in it, {field: name of the flag}."""
+    hints, texts = get_type_hints(type(settings)), documentation(type(settings))
+    for field in fields(settings):
+        value, here = getattr(settings, field.name), (*path, field.name)
+        if is_dataclass(value):
+            yield from leaves(value, here, field.metadata.get("flags"))
+        else:
+            flag = (flags or {}).get(field.name, field.name)
+            yield Leaf(path=here, flag=flag, hint=hints[field.name], default=value, text=texts.get(field.name, ""))
+
+
+def documentation(kind: type) -> dict[str, str]:
+    """Field -> its text in the ``Args`` section of the class's docstring and those of its bases."""
+    texts: dict[str, str] = {}
+    for parent in reversed(kind.__mro__):
+        section = re.search(
+            r"^Args:\n(.*?)(?=^\S|\Z)", inspect.cleandoc(parent.__doc__ or ""), re.DOTALL | re.MULTILINE
+        )
+        for entry in re.split(r"\n(?=    \w)", section[1].rstrip()) if section else []:
+            names, _, text = entry.partition(":")
+            texts |= dict.fromkeys(re.split(r",\s*", names.strip()), " ".join(text.split()))
+    return texts
+
+
+def add_flags(parser: argparse.ArgumentParser, settings: Any) -> None:
+    """Give a parser a flag for every value; what is not given on the command line is absent from the namespace."""
+    groups: dict[tuple[str, ...], Any] = {(): parser}
+    for leaf in leaves(settings):
+        section = leaf.path[:-1]
+        if section not in groups:
+            groups[section] = parser.add_argument_group(".".join(section))
+        groups[section].add_argument(
+            f"--{leaf.flag.replace('_', '-')}",
+            dest=_destination(leaf),
+            default=argparse.SUPPRESS,
+            help=f"{leaf.text.rstrip('.')} (default: {_shown(leaf.default)})".replace("%", "%%"),
+            **_reading(leaf),
+        )
+
+
+def with_flags(settings: Settings, arguments: argparse.Namespace) -> Settings:
+    """The settings with what the command line gave."""
+    values: dict[str, Any] = {}
+    for leaf in leaves(settings):
+        if hasattr(arguments, _destination(leaf)):
+            given = getattr(arguments, _destination(leaf))
+            section = values
+            for name in leaf.path[:-1]:
+                section = section.setdefault(name, {})
+            section[leaf.path[-1]] = dict(given) if get_origin(_required(leaf.hint)[0]) is dict else given
+    return updated(settings, values)
+
+
+def _destination(leaf: Leaf) -> str:
+    return ".".join(("settings", *leaf.path))
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return " ".join(map(str, value)) or "none"
+    return "none" if value is None or value == {} else str(value)
+
+
+def _reading(leaf: Leaf) -> dict[str, Any]:
+    """What argparse needs to read a value of this type."""
+    hint, optional = _required(leaf.hint)
+    name = leaf.flag.upper()
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if get_origin(hint) is tuple:
+        return {"nargs": "+", "type": get_args(hint)[0], "metavar": name}
+    if get_origin(hint) is dict:
+        return {"nargs": "+", "type": _pair, "metavar": "KEY=VALUE"}
+    return {"type": _optional(hint) if optional else hint, "metavar": name}
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    """``momentum=0.9`` as ("momentum", 0.9); what is no JSON is a string."""
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise argparse.ArgumentTypeError(f"must be KEY=VALUE, got {text!r}")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
+def _optional(kind: type) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        return None if text == "none" else kind(text)
+
+    read.__name__ = kind.__name__  # argparse shows it
+    return read

@@ -13,8 +13,7 @@ from arrcoc.data.records import Record
 from arrcoc.data.skips import ItemError, Skips
 
 IMAGE_SUFFIXES = frozenset(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm .avif".split())
-MANIFEST_SUFFIXES = frozenset({".jsonl", ".ndjson"})
-SHARD_SUFFIXES = frozenset({".tar"})
+_KINDS = {".jsonl": "manifest", ".ndjson": "manifest", ".tar": "shard"}
 
 Input: TypeAlias = str | os.PathLike[str] | Record
 
@@ -46,10 +45,12 @@ class _Collect(Skips):
         return taken
 
 
-def is_picture_file(name: str | os.PathLike[str]) -> bool:
-    """Whether an input is taken for a single picture: no folder, no manifest, no shard."""
+def kind_of(name: str | os.PathLike[str]) -> str:
+    """What an input is taken for: "folder", "manifest", "shard" or, if nothing else, "picture"."""
     path = Path(name)
-    return not path.is_dir() and path.suffix.lower() not in MANIFEST_SUFFIXES | SHARD_SUFFIXES
+    if path.is_dir():
+        return "folder"
+    return _KINDS.get(path.suffix.lower(), "picture")
 
 
 def read_inputs(inputs: Input | Iterable[Input], *, on_error: str = "raise") -> Iterator[Record | BrokenInput]:
@@ -75,21 +76,21 @@ def read_inputs(inputs: Input | Iterable[Input], *, on_error: str = "raise") -> 
         if isinstance(entry, Record):
             yield entry
             continue
-        path = Path(entry)
-        if path.is_dir():
+        path, kind = Path(entry), kind_of(entry)
+        if kind == "folder":
             yield from _read_folder(path)
-        elif is_picture_file(path):
+        elif kind == "picture":
             yield Record(name=os.fspath(entry), image=path, queries={})
         else:
             skips = _Collect(str(path), on_error)
-            for record in _open(path, skips):
+            for record in _open(path, kind, skips):
                 yield from skips.take()
                 yield record
             yield from skips.take()
 
 
-def _open(path: Path, skips: Skips) -> Iterator[Record]:
-    if path.suffix.lower() in MANIFEST_SUFFIXES:
+def _open(path: Path, kind: str, skips: Skips) -> Iterator[Record]:
+    if kind == "manifest":
         return read_manifest(path, skips=skips)
     from arrcoc.data.webdataset import iterate_shards
 

@@ -123,10 +123,10 @@ class RunState:
         if state.get("format") != _FORMAT:
             raise ValueError(f"{path} must have format {_FORMAT!r}, got {state.get('format')!r}.")
         for name, value in self.settings.items():
-            if state["settings"].get(name) != value:
+            before = state["settings"].get(name)
+            if before != value:
                 raise ValueError(
-                    f"output {str(self.folder)!r} was made with another {name}: "
-                    f"it must be {state['settings'].get(name)!r} to resume, got {value!r}."
+                    f"{name} must be {before!r}, as in the run that is resumed ({str(self.folder)!r}), got {value!r}."
                 )
         self.num_pictures, self.num_records = state["num_pictures"], state["num_records"]
         self.skipped, self.parts = Counter(state["skipped"]), state["parts"]

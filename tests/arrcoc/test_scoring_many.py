@@ -169,16 +169,19 @@ def test_a_first_run_may_be_called_a_resumed_one(pictures: list[Path], tmp_path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"budget": 4}, "was made with another budget: it must be '3' to resume, got '4'"),
-        ({"budget": 1.0}, r"was made with another budget: it must be '3' to resume, got '1\.0'"),
-        ({"format": "parquet"}, "was made with another format: it must be 'jsonl' to resume, got 'parquet'"),
-        ({"precision": "float16"}, "another precision: it must be 'float32' to resume, got 'float16'"),
-        ({"logits": True}, "another logits: it must be False to resume, got True"),
-        ({"part_size": 6}, "another part_size: it must be 5 to resume, got 6"),
-        ({"scorer": tiny_scorer((0.5, 1.0))}, r"another scales: it must be \[1\.0\] to resume, got \[0\.5, 1\.0\]"),
+        ({"budget": 4}, "budget must be '3', as in the run that is resumed .*, got '4'"),
+        ({"budget": 1.0}, r"budget must be '3', as in the run that is resumed .*, got '1\.0'"),
+        ({"format": "parquet"}, "format must be 'jsonl', as in the run that is resumed .*, got 'parquet'"),
+        ({"precision": "float16"}, "precision must be 'float32', as in the run that is resumed .*, got 'float16'"),
+        ({"logits": True}, "logits must be False, as in the run that is resumed .*, got True"),
+        ({"part_size": 6}, "part_size must be 5, as in the run that is resumed .*, got 6"),
+        (
+            {"scorer": tiny_scorer((0.5, 1.0))},
+            r"scales must be \[1\.0\], as in the run that is resumed .*, got \[0\.5, 1\.0\]",
+        ),
         (
             {"scorer": RelevanceScorer(tiny_scorer().model.zero_shot())},
-            "another head: it must be '.{16}' to resume, got None",
+            "head must be '.{16}', as in the run that is resumed .*, got None",
         ),
     ],
 )
@@ -193,12 +196,14 @@ def test_a_run_is_resumed_with_its_own_settings(
 def test_a_run_is_resumed_with_its_own_queries_model_and_pictures(pictures: list[Path], tmp_path: Path) -> None:
     run(pictures[:12], tmp_path)
     before = contents(tmp_path)
-    with pytest.raises(ValueError, match=r"another queries: it must be \['red', 'blue'\] to resume, got \['red'\]"):
+    with pytest.raises(
+        ValueError, match=r"queries must be \['red', 'blue'\], as in the run that is resumed .*, got \['red'\]"
+    ):
         score_many(tiny_scorer(), pictures[:12], ["red"], output=tmp_path, budget=3, part_size=5, resume=True)
     other = tiny_scorer()
     with torch.no_grad():
         other.model.backbone.model.basis.mul_(2)
-    with pytest.raises(ValueError, match=r"another backbone: it must be '.{16}' to resume, got '"):
+    with pytest.raises(ValueError, match=r"backbone must be '.{16}', as in the run that is resumed .*, got '"):
         run(pictures[:12], tmp_path, other, resume=True)
     swapped = [*pictures[:6], pictures[7], pictures[6], *pictures[8:12]]
     for inputs, range_ in ((swapped, "5 to 9"), (pictures[:9], "5 to 9"), (pictures[:13], "10 to 11")):

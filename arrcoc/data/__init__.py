@@ -1,15 +1,65 @@
-"""Pictures with queries and masks; a data set is any ``Sequence[RelevanceSample]``.
+"""Pictures with queries and masks: samples by number (``RelevanceDataset``) or in a row (``RecordStream``).
 
-sample   RelevanceSample, RelevanceDataset, and coverage: the share of each token that a mask covers
-scenes   Scenes, drawn by our own code: vocabulary, shapes, backgrounds
-coco     CocoFolder, a folder in COCO format: masks, splits
-photos   sample_photos, the photos that ship with the package
+spec           load_data: any of the following by a short text, as command lines name it; DataConfig
+sample         RelevanceSample, RelevanceDataset, and coverage: the share of each token that a mask covers
+scenes         Scenes, drawn by our own code: vocabulary, shapes, backgrounds
+photos         sample_photos, the photos that ship with the package
+
+coco           CocoFolder: categories, captions or referring sentences; polygons, run lengths, boxes (coco_records)
+folder         FolderDataset: images/ and masks/QUERY/
+manifest       ManifestDataset, stream_manifest, read_manifest: JSON lines
+hugging_face   HuggingFaceDataset, stream_hugging_face: the library datasets
+webdataset     stream_shards, iterate_shards: tar files
+writers        write_manifest, write_shards: any data set as one of these
+
+records        Record, RecordDataset: what all readers share; streams: RecordStream
+selection      Selection: splits, limits, absent queries; splits: split_by_image
+regions        Region: a mask picture, boxes, polygons or run lengths as a mask (masks); pictures: stored pictures
+skips          Skips, ItemError: what was not used and why
 """
 
 from arrcoc.data.coco import CocoFolder
+from arrcoc.data.folder import FolderDataset
+from arrcoc.data.hugging_face import HuggingFaceDataset, stream_hugging_face
+from arrcoc.data.manifest import ManifestDataset, read_manifest, stream_manifest
 from arrcoc.data.photos import sample_photos
+from arrcoc.data.records import Record, RecordDataset
+from arrcoc.data.regions import Region
 from arrcoc.data.sample import RelevanceDataset, RelevanceSample, coverage
 from arrcoc.data.scenes import Scenes
+from arrcoc.data.selection import Selection
+from arrcoc.data.skips import ItemError, Skips
+from arrcoc.data.spec import DataConfig, load_data
 from arrcoc.data.splits import split_by_image
+from arrcoc.data.streams import RecordStream
+from arrcoc.data.webdataset import iterate_shards, stream_shards
+from arrcoc.data.writers import write_manifest, write_shards
 
-__all__ = ["CocoFolder", "RelevanceDataset", "RelevanceSample", "Scenes", "coverage", "sample_photos", "split_by_image"]
+__all__ = [
+    "CocoFolder",
+    "DataConfig",
+    "FolderDataset",
+    "HuggingFaceDataset",
+    "ItemError",
+    "ManifestDataset",
+    "Record",
+    "RecordDataset",
+    "RecordStream",
+    "Region",
+    "RelevanceDataset",
+    "RelevanceSample",
+    "Scenes",
+    "Selection",
+    "Skips",
+    "coverage",
+    "iterate_shards",
+    "load_data",
+    "read_manifest",
+    "sample_photos",
+    "split_by_image",
+    "stream_hugging_face",
+    "stream_manifest",
+    "stream_shards",
+    "write_manifest",
+    "write_shards",
+]

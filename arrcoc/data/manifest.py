@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
+import torch
 
 from arrcoc.data.pictures import PictureSource
-from arrcoc.data.records import Record
+from arrcoc.data.records import Record, RecordDataset
 from arrcoc.data.regions import KINDS, Region
+from arrcoc.data.selection import Selection
 from arrcoc.data.skips import ItemError, Skips
+from arrcoc.data.streams import Part, RecordStream, take_part
 
-_QUERY_KEYS = ("text", "absent", *KINDS)
+QUERY_KEYS = ("text", "absent", *KINDS)
 _LINE_KEYS = ("image", "name", "queries", "meta")
 
 Queries = dict[str, tuple[Region, ...] | None]
@@ -32,8 +35,8 @@ def parse_queries(entry: Mapping[str, Any], open_mask: Callable[[Any], PictureSo
 
     Args:
         entry: has "text", or "queries" with a list of {"text": ...}, or neither. Beside a text stand any of "mask",
-            "boxes", "polygons" and "rle", whose union is the answer; or "absent": true; or nothing, if the text can only
-            be scored.
+            "boxes", "polygons" and "rle", whose union is the answer; or "absent": true; or nothing, if the text can
+            only be scored.
         open_mask: what "mask" holds -> the mask picture.
 
     Returns:
@@ -44,16 +47,16 @@ def parse_queries(entry: Mapping[str, Any], open_mask: Callable[[Any], PictureSo
     """
     queries: Queries = {}
     if entry.get("queries") is None:
-        parts = [entry] if any(entry.get(key) is not None for key in _QUERY_KEYS) else []
+        parts = [entry] if any(entry.get(key) is not None for key in QUERY_KEYS) else []
     else:
         parts = entry["queries"]
-        beside = [key for key in _QUERY_KEYS if entry.get(key) is not None]
+        beside = [key for key in QUERY_KEYS if entry.get(key) is not None]
         if beside:
             raise ItemError(f'"{beside[0]}" must stand inside "queries", not beside it.', reason="bad key")
         if not isinstance(parts, list) or not all(isinstance(part, Mapping) for part in parts):
             raise ItemError(f'"queries" must be a list of {{"text": ...}}, got {parts!r}.', reason="bad value")
         for part in parts:
-            check_keys(part, _QUERY_KEYS)
+            check_keys(part, QUERY_KEYS)
     for part in parts:
         text = part.get("text")
         if not isinstance(text, str) or not text.strip():
@@ -177,7 +180,7 @@ class ManifestRecords(Sequence[Record]):
             raise ItemError(f"the line is not JSON: {error}.", reason="line unreadable") from error
         if not isinstance(entry, dict):
             raise ItemError(f"the line must be a JSON object, got {entry!r}.", reason="line unreadable")
-        check_keys(entry, (*_LINE_KEYS, *_QUERY_KEYS))
+        check_keys(entry, (*_LINE_KEYS, *QUERY_KEYS))
         for key in ("image", "name"):
             value = entry.get(key, None if key == "image" else "any")
             if not isinstance(value, str) or not value:
@@ -211,3 +214,34 @@ def _each(records: Sequence[Record], skips: Skips) -> Iterator[Record]:
             yield records[number]
         except ItemError as error:
             skips.add_broken(f"picture {number}", error)
+
+
+class ManifestDataset(RecordDataset):
+    """The pictures of a manifest as samples by number; arguments as in `ManifestRecords` and `RecordDataset`."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        selection: Selection | None = None,
+        *,
+        vocabulary: Sequence[str] | None = None,
+    ) -> None:
+        selection = selection or Selection()
+        skips = Skips(selection.on_error)
+        super().__init__(ManifestRecords(path, skips), selection, vocabulary=vocabulary, skips=skips)
+
+
+def stream_manifest(
+    path: str | os.PathLike[str],
+    selection: Selection | None = None,
+    *,
+    vocabulary: Sequence[str] | None = None,
+    shuffle: int = 0,
+    seed: int = 0,
+) -> RecordStream:
+    """The pictures of a manifest in a row, without looking at them first; arguments as in `RecordStream`."""
+
+    def read(skips: Skips, part: Part, generator: torch.Generator | None) -> Iterator[Record]:
+        return take_part(read_manifest(path, skips=skips), part)
+
+    return RecordStream(read, selection, vocabulary=vocabulary, shuffle=shuffle, seed=seed)

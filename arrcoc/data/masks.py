@@ -5,6 +5,7 @@ Pixel (row, column) spans [column, column + 1] x [row, row + 1] and belongs to a
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,11 +28,14 @@ def fill_polygons(rings: Sequence[NDArray[np.floating[Any]]], height: int, width
     Returns:
         bool array [height, width].
     """
-    flips = np.zeros((height, width + 1), dtype=np.uint8)
-    for ring in rings:
-        _, rows, columns = _crossings([ring], height, width)
-        np.bitwise_xor.at(flips, (rows, columns), 1)
-    return np.bitwise_xor.accumulate(flips[:, :width], axis=1).view(np.bool_)
+    mask = np.zeros((height, width), dtype=np.bool_)
+    _, rows, columns = _crossings(rings, height, width)
+    if len(rows):
+        top, bottom, left, right = rows.min(), rows.max() + 1, columns.min(), columns.max()
+        flips = np.zeros((bottom - top, right - left + 1), dtype=np.uint8)
+        np.bitwise_xor.at(flips, (rows - top, columns - left), 1)
+        mask[top:bottom, left:right] = np.bitwise_xor.accumulate(flips[:, :-1], axis=1).view(np.bool_)
+    return mask
 
 
 def count_polygons(rings: Sequence[NDArray[np.floating[Any]]], height: int, width: int) -> NDArray[np.int64]:
@@ -133,7 +137,7 @@ def segmentation_rings(segmentation: object) -> list[NDArray[np.float64]]:
         raise ValueError(f"segmentation must be polygons or run lengths, got {segmentation!r}.")
     rings = []
     for polygon in segmentation:
-        if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
+        if not isinstance(polygon, list | array) or len(polygon) < 6 or len(polygon) % 2:
             raise ValueError(f"a polygon must be [x, y, x, y, ...] with at least 3 points, got {polygon!r}.")
         try:
             ring = np.array(polygon, dtype=np.float64).reshape(-1, 2)

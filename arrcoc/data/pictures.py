@@ -18,6 +18,9 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from arrcoc.data.skips import ItemError
 from arrcoc.images import load_image
 
+# Endings of files that are taken for pictures.
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+
 PictureSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image
 
 
@@ -42,9 +45,11 @@ def open_picture(source: PictureSource) -> Iterator[Image.Image]:
                 yield source
                 return
             # a file object, not a name: from a name Pillow 13 maps plain TIFFs into memory
-            with io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as file:
-                with Image.open(file) as picture:
-                    yield picture
+            with (
+                io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as file,
+                Image.open(file) as picture,
+            ):
+                yield picture
     except ItemError:
         raise
     except FileNotFoundError as error:

@@ -71,31 +71,41 @@ class Region:
         except ValueError as error:
             raise ItemError(str(error), reason="region broken") from error
 
-    def count(self, height: int, width: int) -> tuple[int, int]:
-        """Least and greatest number of pixels of the region, from its outlines; a mask picture is decoded.
 
-        The two are equal unless the region has several parts, which may overlap.
+def count_pixels(regions: Sequence[Region], height: int, width: int) -> list[tuple[int, int]]:
+    """Least and greatest number of pixels of each region, from the outlines; a mask picture is decoded.
 
-        Raises:
-            ItemError: as `decode`.
-        """
-        if self.kind == "mask":
-            parts = np.array([np.count_nonzero(self.decode(height, width))])
-        else:
-            try:
-                parts = self._count_parts(height, width)
-            except ValueError as error:
-                raise ItemError(str(error), reason="region broken") from error
-        return int(parts.max()), min(int(parts.sum()), height * width)
+    The two are equal unless a region has several parts, which may overlap.
 
-    def _count_parts(self, height: int, width: int) -> NDArray[np.int64]:
-        if self.kind == "boxes":
-            top, bottom, left, right = _box_edges(self.value, height, width).T
-            return (bottom - top) * (right - left)
-        if self.kind == "polygons":
-            return count_polygons(segmentation_rings(self.value), height, width)
-        counts = segmentation_counts(self.value, height, width)
-        return check_run_lengths(counts, height, width)[1::2].sum(keepdims=True)
+    Raises:
+        ItemError: as `Region.decode`.
+    """
+    parts: list[NDArray[np.int64]] = []
+    rings: list[NDArray[np.float64]] = []
+    try:
+        for region in regions:
+            if region.kind == "polygons":
+                own = segmentation_rings(region.value)
+                parts.append(
+                    np.arange(len(rings), len(rings) + len(own))
+                )  # their numbers, until all are counted at once
+                rings += own
+            elif region.kind == "boxes":
+                top, bottom, left, right = _box_edges(region.value, height, width).T
+                parts.append((bottom - top) * (right - left))
+            elif region.kind == "rle":
+                runs = check_run_lengths(segmentation_counts(region.value, height, width), height, width)
+                parts.append(runs[1::2].sum(keepdims=True))
+            else:
+                parts.append(np.array([np.count_nonzero(region.decode(height, width))]))
+    except ItemError:
+        raise
+    except ValueError as error:
+        raise ItemError(str(error), reason="region broken") from error
+    if rings:
+        counts = count_polygons(rings, height, width)
+        parts = [counts[own] if region.kind == "polygons" else own for region, own in zip(regions, parts, strict=True)]
+    return [(int(own.max()), min(int(own.sum()), height * width)) for own in parts]
 
 
 def unite(regions: Sequence[Region], height: int, width: int) -> Mask:
@@ -135,5 +145,7 @@ def _read_mask(source: Any, height: int, width: int) -> Mask:
         if error.reason == "mask of another size":
             raise
         raise ItemError(f"mask: {error}", reason=error.reason.replace("picture", "mask")) from error
-    inside: Mask = pixels != 0
-    return inside if inside.ndim == 2 else inside.any(axis=2)
+    inside: Mask = np.not_equal(pixels, 0)
+    if inside.ndim == 3:
+        inside = np.logical_or.reduce(inside, axis=2)
+    return inside

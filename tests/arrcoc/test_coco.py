@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from pycocotools import mask as pycoco
 
-from arrcoc.data.coco import CocoFolder, mentions
+from arrcoc.data.coco import CocoFolder
+from arrcoc.data.coco_records import mentions
 from arrcoc.data.masks import decode_run_lengths, decode_segmentation, fill_polygons, uncompress_counts
 from arrcoc.data.splits import split_by_image
 
@@ -351,8 +352,8 @@ def test_not_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"queries": "words"}, r'queries must be "categories" or "captions", got \'words\''),
-        ({"split": "dev"}, r'split must be "train", "val" or None, got \'dev\''),
+        ({"queries": "words"}, r'queries must be "categories", "captions" or "sentences", got \'words\''),
+        ({"split": "dev"}, r'split must be "train", "val", "test" or None, got \'dev\''),
         ({"val_share": 0.0}, r"val_share must be in \(0, 1\), got 0\.0"),
         ({"limit": 0}, r"limit must be >= 1 or None, got 0"),
         ({"min_coverage": 0.7}, r"0 <= min_coverage <= max_coverage <= 1 must hold, got 0\.7 and 0\.6"),

@@ -173,8 +173,8 @@ def test_a_name_is_found_in_the_cache(offline: Path) -> None:
 def test_a_hub_that_cannot_be_reached_says_what_to_do() -> None:
     with pytest.raises(
         ConnectionError,
-        match=r"'hf:openai/clip-vit-base-patch16' is not on this machine and cannot be fetched\. Where the network works,"
-        r" run `hf download openai/clip-vit-base-patch16 --local-dir FOLDER`, .* 'hf:FOLDER', or use 'embedded'",
+        match=r"'hf:openai/clip-vit-base-patch16' is not on this machine and cannot be fetched\. Where the network "
+        r"works, run `hf download openai/clip-vit-base-patch16 --local-dir FOLDER`, .* 'hf:FOLDER', or use 'embedded'",
     ) as caught:
         load_backbone("hf:openai/clip-vit-base-patch16")
     assert isinstance(caught.value.__cause__, OSError)

@@ -263,6 +263,24 @@ def test_a_model_of_the_user_keeps_its_flags() -> None:
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("kind", "tail"),
+    [
+        ("clip", ("vision_model.post_layernorm", "visual_projection")),
+        ("siglip", ("vision_model.post_layernorm", "vision_model.head")),
+        ("siglip2", ("vision_model.post_layernorm", "vision_model.head")),
+    ],
+)
+def test_fine_tuning_trains_the_last_block_and_what_follows_it(kind: str, tail: tuple[str, ...]) -> None:
+    twin = wrap(kind).trainable_copy(1)
+    parts = ("vision_model.encoder.layers.2.", *(f"{name}." for name in tail))
+    expected = {name for name, _ in twin.model.named_parameters() if name.startswith(parts)}
+    assert set(twin.trained_state_dict()) == expected and len(expected) > 16
+    tokens = twin(random_images(16, 24))
+    (tokens.patches.square() * torch.linspace(-1, 1, tokens.patches.shape[-1])).sum().backward()
+    assert all(p.grad is None or name in expected for name, p in twin.model.named_parameters())
+
+
 def test_models_that_are_refused() -> None:
     model, tokenizer = tiny_hf.build_model("clip"), tiny_hf.build_tokenizer("clip")
     make = partial(HuggingFaceBackbone, tokenizer=tokenizer, spec="test", **STATISTICS)

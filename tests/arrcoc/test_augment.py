@@ -117,6 +117,12 @@ def test_what_a_crop_loses_is_absent_or_dropped_and_a_remnant_is_never_asked(los
     assert fates == ({"kept", "absent", "dropped"} if lost == "absent" else {"kept", "dropped"})
 
 
+def test_what_is_kept_is_measured_in_the_size_before_the_zoom() -> None:
+    for min_kept, queries in ((0.24, {"all", "corner", "absent"}), (0.26, {"corner", "absent"})):
+        augment = RelevanceAugmentation(**NOTHING | {"zoom": (2, 2), "min_kept": min_kept})
+        assert set(augment(corner_sample(), generator()).queries) == queries  # a quarter of the picture is left
+
+
 def test_lost_drop_leaves_absent_queries_that_were_absent() -> None:
     augment = RelevanceAugmentation(**NOTHING | {"lost": "drop"})
     assert augment(corner_sample(), generator()).queries == ("corner", "all", "absent")

@@ -14,7 +14,7 @@ import json
 import re
 import tomllib
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -25,28 +25,44 @@ _WORDS = {float: "a number", int: "a whole number", str: "a string", bool: "true
 
 
 def to_dict(settings: Any) -> dict[str, Any]:
-    """Plain numbers, strings, lists and dicts, as JSON has them."""
-    return {field.name: _plain(getattr(settings, field.name)) for field in fields(settings)}
+    """Plain numbers, strings, lists and dicts, as JSON has them; without what is hidden."""
+    return _to_dict(settings, ())
 
 
-def _plain(value: Any) -> Any:
-    if is_dataclass(value):
-        return to_dict(value)
-    return list(value) if isinstance(value, tuple) else value
+def _to_dict(settings: Any, hidden: Collection[str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if is_dataclass(value):
+            values[field.name] = _to_dict(value, field.metadata.get("hidden", ()))
+        elif field.name not in hidden:
+            values[field.name] = list(value) if isinstance(value, tuple) else value
+    return values
 
 
-def updated(settings: Settings, values: Mapping[str, Any], where: str = "") -> Settings:
+def differences(first: Any, second: Any) -> dict[str, tuple[Any, Any]]:
+    """Where two settings of one class differ: name, dotted where nested -> both values."""
+    others = {leaf.path: leaf.default for leaf in leaves(second)}
+    pairs = {".".join(leaf.path): (leaf.default, others[leaf.path]) for leaf in leaves(first)}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def updated(settings: Settings, values: Mapping[str, Any]) -> Settings:
     """The settings with some values replaced; they check themselves anew.
 
     Args:
         settings: a dataclass, its fields plain values or such dataclasses again.
         values: field -> value, or a mapping for nested settings; lists stand for tuples.
-        where: prefix of the names in errors, e.g. ``"train."``.
 
     Raises:
         ValueError: for an unknown name or a value of the wrong type, with its name; and what the settings refuse.
     """
-    hints = get_type_hints(type(settings))
+    return _updated(settings, values, "", ())
+
+
+def _updated(settings: Settings, values: Mapping[str, Any], where: str, hidden: Collection[str]) -> Settings:
+    hints = {name: hint for name, hint in get_type_hints(type(settings)).items() if name not in hidden}
+    metadata = {field.name: field.metadata for field in fields(settings)}  # type: ignore[arg-type]
     changes = {}
     for name, value in values.items():
         if name not in hints:
@@ -55,7 +71,7 @@ def updated(settings: Settings, values: Mapping[str, Any], where: str = "") -> S
             raise ValueError(f"unknown setting {where + name!r}: {guess}")
         current = getattr(settings, name)
         if is_dataclass(current) and isinstance(value, Mapping):
-            changes[name] = updated(current, value, f"{where}{name}.")
+            changes[name] = _updated(current, value, f"{where}{name}.", metadata[name].get("hidden", ()))
         else:
             changes[name] = _cast(value, hints[name], where + name)
     return replace(settings, **changes)  # type: ignore[type-var]
@@ -118,15 +134,19 @@ class Leaf:
     text: str
 
 
-def leaves(settings: Any, path: tuple[str, ...] = (), flags: Mapping[str, str] | None = None) -> Iterator[Leaf]:
-    """Every value of nested settings. A field's metadata ``flags`` renames what is in it, {field: name of the flag}."""
+def leaves(settings: Any) -> Iterator[Leaf]:
+    """Every value of nested settings that is not hidden."""
+    return _leaves(settings, (), {})
+
+
+def _leaves(settings: Any, path: tuple[str, ...], metadata: Mapping[str, Any]) -> Iterator[Leaf]:
     hints, texts = get_type_hints(type(settings)), documentation(type(settings))
     for field in fields(settings):
         value, here = getattr(settings, field.name), (*path, field.name)
         if is_dataclass(value):
-            yield from leaves(value, here, field.metadata.get("flags"))
-        else:
-            flag = (flags or {}).get(field.name, field.name)
+            yield from _leaves(value, here, field.metadata)
+        elif field.name not in metadata.get("hidden", ()):
+            flag = metadata.get("flags", {}).get(field.name, field.name)
             yield Leaf(path=here, flag=flag, hint=hints[field.name], default=value, text=texts.get(field.name, ""))
 
 
@@ -179,7 +199,7 @@ def _destination(leaf: Leaf) -> str:
 def _shown(value: Any) -> str:
     if isinstance(value, tuple | list):
         return " ".join(map(str, value)) or "none"
-    return "none" if value is None or value == {} else str(value)
+    return "none" if value is None or value in ({}, "") else str(value)
 
 
 def _reading(leaf: Leaf) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from arrcoc.backbones.base import Backbone
 from arrcoc.config import TrainConfig
 from arrcoc.model.relevance import RelevanceModel
 from arrcoc.model.robustness import perturb_tokens
@@ -161,6 +162,17 @@ class TrainedPart:
         whole = torch.zeros(prepared.size, dtype=torch.long, device=rows.device)  # the first one stands for the absent
         whole[rows] = torch.arange(len(rows), device=rows.device)
         return perturb_tokens(tokens.select(whole), radius, noise).select(rows)
+
+
+def trainable(backbone: Backbone, num_blocks: int) -> Backbone:
+    """A copy whose last blocks can be trained; the backbone itself if it is such a copy, to be trained further."""
+    if not backbone.num_trained:
+        return backbone.trainable_copy(num_blocks)
+    if backbone.num_trained != num_blocks:
+        raise ValueError(
+            f"train_blocks must be {backbone.num_trained}, as many as the model was trained with, got {num_blocks!r}."
+        )
+    return backbone
 
 
 def _check_targets(targets: Tensor, tokens: VisualTokens, queries: Tensor) -> None:

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from arrcoc.backbones.base import Backbone
 from arrcoc.config import TrainConfig
 from arrcoc.model.relevance import RelevanceModel
 from arrcoc.training.averaging import WeightAverage, set_values
 from arrcoc.training.calibration import calibrate_head
 from arrcoc.training.distributed import Ranks
-from arrcoc.training.part import Batch, Prepared, TrainedPart
+from arrcoc.training.part import Batch, Prepared, TrainedPart, trainable
 from arrcoc.training.run_log import Record
 from arrcoc.training.schedule import lr_factor
 from arrcoc.training.stopping import BestEpoch
@@ -51,7 +50,7 @@ class TrainingState:
         if config.train_blocks:
             if model.multiscale.scales != (1.0,):
                 raise ValueError(f"scales must be (1.0,) to train blocks, got {model.multiscale.scales!r}.")
-            model.backbone = _trainable(model.backbone, config.train_blocks)
+            model.backbone = trainable(model.backbone, config.train_blocks)
             blocks = [param for param in model.backbone.parameters() if param.requires_grad]
             groups.append({"params": blocks, "lr": config.lr * config.backbone_lr_factor})
         model.backbone.eval()
@@ -207,17 +206,6 @@ def _check_same_run(expected: dict[str, Any], found: dict[str, Any], where: str 
             raise ValueError(
                 f"the checkpoint's {where}{name} must be {value!r}, got {other!r}: resume with the settings of its run."
             )
-
-
-def _trainable(backbone: Backbone, num_blocks: int) -> Backbone:
-    """A copy whose last blocks can be trained; the backbone itself if it is such a copy, to be trained further."""
-    if not backbone.num_trained:
-        return backbone.trainable_copy(num_blocks)
-    if backbone.num_trained != num_blocks:
-        raise ValueError(
-            f"train_blocks must be {backbone.num_trained}, as many as the model was trained with, got {num_blocks!r}."
-        )
-    return backbone
 
 
 def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:

@@ -1,0 +1,242 @@
+"""A training run from its settings: data, model, training, and a folder that says how it came about.
+
+The folder holds ``run.json`` (the settings, the backbone's fingerprint, the versions of the packages, what was read and
+skipped), ``splits.json`` (the pictures of each split, where they have names), and what training leaves: the model, the
+checkpoint and the log.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from arrcoc._files import write_json
+from arrcoc.config import HeadConfig
+from arrcoc.data.photos import sample_photos
+from arrcoc.data.sample import RelevanceSample
+from arrcoc.data.spec import load_data
+from arrcoc.data.splits import Splits, read_splits, write_splits
+from arrcoc.model.head import RelevanceHead
+from arrcoc.model.relevance import RelevanceModel
+from arrcoc.scorer import load_scorer
+from arrcoc.settings import differences, to_dict, updated
+from arrcoc.training.checkpoint import load_checkpoint
+from arrcoc.training.distributed import Ranks, device_of_rank
+from arrcoc.training.images import ImageLoader
+from arrcoc.training.overlays import Overlays
+from arrcoc.training.part import trainable
+from arrcoc.training.run_config import RunConfig
+from arrcoc.training.run_log import Record, TensorBoard
+from arrcoc.training.tokens import TokenLoader, encode_samples
+from arrcoc.training.trainer import CHECKPOINT, Callback, train_relevance_model_with_sam
+from arrcoc.training.validation import token_average_precision
+
+Samples = Iterable[RelevanceSample]
+Loader = TokenLoader | ImageLoader
+
+_FORMAT = "arrcoc-run-1"
+_RUN, _SPLITS = "run.json", "splits.json"
+_PACKAGES = ("arrcoc", "torch", "torchvision", "open_clip_torch", "transformers", "timm", "numpy")
+# What may change between the parts of a run: it does not touch the result.
+_FREE = {"output", "device", "tensorboard", "overlays", "loader.workers", "loader.cache"}
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run gives: its log, and the validation scores before it (zero-shot) and after it (of the saved model)."""
+
+    history: list[Record]
+    zero_shot: Record
+    trained: Record
+
+
+def run_training(
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    progress: bool = False,
+    report: Callable[[Record], None] | None = None,
+) -> RunResult:
+    """Train a model as the settings say; on every rank, if torchrun started several (within ``process_group``).
+
+    Args:
+        config: the settings.
+        resume: go on from the checkpoint in the output folder.
+        progress: show progress bars.
+        report: called with the log entry of every epoch, by the rank that writes.
+
+    Raises:
+        FileNotFoundError: if there is nothing to resume, or no data.
+        ValueError: if the settings do not fit the data, the model or the run that is resumed.
+    """
+    ranks, folder = Ranks(), Path(config.output)
+    progress = progress and ranks.is_writer
+    last_epoch = _check_resumable(config) if resume else 0
+    reading = replace(config.reading, seed=config.train.seed)
+    train, validation = (load_data(config.data, reading, split=split) for split in ("train", "val"))
+    splits = _splits(config, train, validation)
+    if resume and splits is not None and splits != read_splits(folder / _SPLITS):
+        raise ValueError(f"the pictures of {config.data} must be those of {folder / _SPLITS} to resume the run.")
+    model = _model(config)
+    loaders = _Loaders(config, model, ranks, progress)
+    judged = {"held-out": loaders.judging(validation), "photos": loaders.judging(sample_photos(absent_queries=2))}
+    loader = loaders.training(train)
+    if ranks.is_writer:
+        # Everything that can be refused has been; streams know what they skipped by now.
+        write_json(folder / _RUN, _description(config, model, {"train": train, "val": validation}))
+        if splits is not None:
+            write_splits(folder / _SPLITS, splits)
+
+    def evaluate(model: RelevanceModel) -> Record:
+        return {f"ap_{name}": token_average_precision(model, samples) for name, samples in judged.items()}
+
+    zero_shot = evaluate(model.zero_shot())
+    callbacks: list[Callback] = []
+    if report is not None:
+        callbacks.append(lambda _, record: report(record))
+    if config.overlays:
+        callbacks.append(Overlays(folder / "overlays", list(islice(validation, config.overlays))))
+    if config.tensorboard and ranks.is_writer:
+        callbacks.append(TensorBoard(folder / "tensorboard", last_epoch=last_epoch))
+    history = train_relevance_model_with_sam(
+        model,
+        loader,
+        epochs=config.train.epochs,
+        rho=config.train.rho,
+        config=config.train,
+        evaluate=evaluate,
+        callbacks=callbacks,
+        output=folder,
+        resume=resume,
+        progress=progress,
+    )
+    return RunResult(history, zero_shot, evaluate(model))
+
+
+def read_run(folder: Path) -> RunConfig:
+    """The settings of the run in a folder.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if they are damaged, or of another version of this package.
+    """
+    path = folder / _RUN
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(run, dict) or run.get("format") != _FORMAT:
+        raise ValueError(f"{path} must have format {_FORMAT!r}.")
+    return updated(RunConfig(), run["config"])
+
+
+def _check_resumable(config: RunConfig) -> int:
+    """Refuse a run that is not the one in the folder; epochs that it has done."""
+    folder = Path(config.output)
+    state = load_checkpoint(folder / CHECKPOINT)
+    for name, (mine, saved) in differences(config, read_run(folder)).items():
+        if name not in _FREE:
+            raise ValueError(f"{name} must be {saved!r}, as in {folder / _RUN}, to resume that run, got {mine!r}.")
+    return len(state["history"])
+
+
+def _model(config: RunConfig) -> RelevanceModel:
+    """The model to train, with the head to start from."""
+    init = None if config.model.init == "none" else config.model.init
+    device = device_of_rank(config.device)
+    scales, mode = config.model.scales, config.model.mode
+    model = load_scorer(config.model.backbone, head=init, device=device, mode=mode, scales=scales).model
+    if model.head is None:
+        shape = HeadConfig(embed_dim=model.backbone.embed_dim, **vars(config.head))
+        generator = torch.Generator().manual_seed(config.train.seed)
+        model.head = RelevanceHead(shape, generator=generator).to(model.backbone.device)
+    if config.train.train_blocks:
+        model.backbone = trainable(model.backbone, config.train.train_blocks)
+    return model
+
+
+class _Loaders:
+    """Makes loaders: of tokens where the backbone and the pictures stay as they are, of pictures otherwise."""
+
+    def __init__(self, config: RunConfig, model: RelevanceModel, ranks: Ranks, progress: bool) -> None:
+        self.config, self.model, self.progress = config, model, progress
+        loader = config.loader
+        self.batches: dict[str, Any] = {
+            "batch_size": loader.batch_size,
+            "num_queries": loader.num_queries,
+            "seed": config.train.seed,
+            "rank": ranks.rank,
+            "num_ranks": ranks.num_ranks,
+        }
+        self.variants = loader.query_variants()
+
+    def training(self, samples: Samples) -> Loader:
+        augmentation = self.config.loader.augmentation()
+        if augmentation is not None or self.config.train.train_blocks:
+            return self._images(samples, augmentation=augmentation, query_variants=self.variants)
+        return self._tokens(samples, query_variants=self.variants)
+
+    def judging(self, samples: Samples) -> Loader:
+        return self._images(samples) if self.config.train.train_blocks else self._tokens(samples)
+
+    def _images(self, samples: Samples, **options: Any) -> ImageLoader:
+        if not isinstance(samples, Sequence):
+            raise ValueError("data must not be a stream where pictures are seen anew in every epoch.")
+        workers = self.config.loader.workers
+        return ImageLoader.for_model(self.model, samples, workers=workers, **self.batches, **options)
+
+    def _tokens(self, samples: Samples, **options: Any) -> TokenLoader:
+        workers = self.config.loader.workers if isinstance(samples, Sequence) else 0
+        return encode_samples(
+            self.model,
+            samples,
+            progress=self.progress,
+            cache=self.config.loader.cache,
+            workers=workers,
+            **self.batches,
+            **options,
+        )
+
+
+def _splits(config: RunConfig, train: Samples, validation: Samples) -> Splits | None:
+    """The names of the pictures of each split, if they have some."""
+    names = {split: getattr(samples, "names", None) for split, samples in (("train", train), ("val", validation))}
+    if None in names.values():
+        return None
+    reading = config.reading
+    shares = {"train": 1 - reading.val_share - reading.test_share, "val": reading.val_share, "test": reading.test_share}
+    named = {split: tuple(some) for split, some in names.items() if some is not None}
+    return Splits(seed=reading.split_seed, shares={name: s for name, s in shares.items() if s}, names=named)
+
+
+def _description(config: RunConfig, model: RelevanceModel, read: dict[str, Samples]) -> dict[str, Any]:
+    backbone = model.backbone
+    return {
+        "format": _FORMAT,
+        "config": to_dict(config),
+        "backbone": {"spec": backbone.spec, "mode": backbone.mode, "fingerprint": backbone.fingerprint()},
+        "data": {split: _read(samples) for split, samples in read.items()},
+        "versions": {"python": sys.version.split()[0], **{name: _version(name) for name in _PACKAGES}},
+    }
+
+
+def _read(samples: Samples) -> dict[str, Any]:
+    """How many samples were read, and what was not used, by reason."""
+    counts: dict[str, Any] = {"num_samples": len(samples)} if isinstance(samples, Sequence) else {}
+    skips = getattr(samples, "skips", None)
+    return counts if skips is None else {**counts, "skipped": dict(skips.broken), "left_out": dict(skips.left_out)}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -60,7 +60,7 @@ def _write_pictures(scorer: RelevanceScorer, arguments: argparse.Namespace, quer
     folder = Path(arguments.output)
     tiles: list[tuple[Image, str]] = []
     num_results, columns = 0, 2
-    for number, record in enumerate(_records(arguments)):
+    for number, record in enumerate(_records(arguments, queries)):
         results = scorer.score_queries(record.image, queries or tuple(record.queries))
         for asked, result in enumerate(results):
             name = _name(number, record, asked, result)
@@ -105,12 +105,13 @@ def _write_tables(
             part_size=arguments.part_size,
             num_workers=arguments.workers,
             on_error=arguments.on_error,
+            shard_texts=arguments.shard_texts,
             resume=arguments.resume,
         )
     except KeyboardInterrupt:
         print("\nstopped; the same command with --resume goes on", file=sys.stderr)
         raise SystemExit(130) from None
-    for number, record in enumerate(islice(_records(arguments), arguments.overlays)):
+    for number, record in enumerate(islice(_records(arguments, queries), arguments.overlays)):
         try:
             results = scorer.score_queries(record.image, queries or tuple(record.queries))
         except (ValueError, OSError):
@@ -123,12 +124,14 @@ def _write_tables(
         print(f"skipped pictures are listed in {folder}/skipped.jsonl")
 
 
-def _records(arguments: argparse.Namespace) -> Iterator[Record]:
+def _records(arguments: argparse.Namespace, queries: Sequence[str] | None) -> Iterator[Record]:
     """The pictures, without broken lines of manifests."""
     from arrcoc.data.records import Record
     from arrcoc.scoring import read_inputs
 
-    return (entry for entry in read_inputs(arguments.inputs, on_error=arguments.on_error) if isinstance(entry, Record))
+    texts = "none" if queries else arguments.shard_texts
+    stream = read_inputs(arguments.inputs, on_error=arguments.on_error, shard_texts=texts)
+    return (entry for entry in stream if isinstance(entry, Record))
 
 
 def _read_queries(path: str) -> list[str]:
@@ -179,12 +182,18 @@ def _parser() -> argparse.ArgumentParser:
         "(default: pictures for picture files, jsonl for anything else)",
     )
     add("--budget", type=budget, default=0.25, help="tokens kept: a count, or a share such as 0.25 (default: 0.25)")
+    add(
+        "--shard-texts",
+        choices=("json", "txt"),
+        default="json",
+        help="where the queries of shards are, without --query and --queries (default: json)",
+    )
     add_scorer_arguments(parser)
     add = parser.add_argument_group("tables").add_argument
     add("--resume", action="store_true", help="go on with the run that is in --output")
     add("--on-error", choices=("raise", "skip"), default="raise", help="skip: list broken pictures in skipped.jsonl")
     add("--overlays", type=count, default=0, metavar="N", help="draw the first N pictures too (default: 0)")
-    add("--batch-size", type=positive, default=16, metavar="N", help="pictures scored together (default: 16)")
+    add("--batch-size", type=positive, metavar="N", help="pictures scored together (default: 4 on a CPU, 32 elsewhere)")
     add("--part-size", type=positive, default=1000, metavar="N", help="pictures in a part file (default: 1000)")
     add("--workers", type=count, default=2, metavar="N", help="processes that decode pictures (default: 2)")
     add("--precision", choices=("float32", "float16"), default="float32", help="of the maps (default: float32)")

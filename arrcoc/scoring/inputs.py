@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TypeAlias
 
 from arrcoc.data.manifest import read_manifest
+from arrcoc.data.pictures import SUFFIXES
 from arrcoc.data.records import Record
 from arrcoc.data.skips import ItemError, Skips
+from arrcoc.data.webdataset import iterate_shards
 
-IMAGE_SUFFIXES = frozenset(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm .avif".split())
 _KINDS = {".jsonl": "manifest", ".ndjson": "manifest", ".tar": "shard"}
 
 Input: TypeAlias = str | os.PathLike[str] | Record
@@ -29,16 +30,14 @@ class BrokenInput:
 class _Collect(Skips):
     """Keeps broken items for the stream instead of counting them."""
 
-    def __init__(self, source: str, on_error: str) -> None:
+    def __init__(self, on_error: str) -> None:
         super().__init__(on_error)
-        self.source = source
         self.pending: list[BrokenInput] = []
 
     def add_broken(self, name: str, error: ItemError) -> None:
-        name = f"{self.source}: {name}"
         if self.on_error == "raise":
-            raise ItemError(f"{name}: {error}", reason=error.reason) from error
-        self.pending.append(BrokenInput(name=name, error=error))
+            super().add_broken(name, error)
+        self.pending.append(BrokenInput(name=error.name or name, error=error))
 
     def take(self) -> list[BrokenInput]:
         taken, self.pending = self.pending, []
@@ -53,7 +52,9 @@ def kind_of(name: str | os.PathLike[str]) -> str:
     return _KINDS.get(path.suffix.lower(), "picture")
 
 
-def read_inputs(inputs: Input | Iterable[Input], *, on_error: str = "raise") -> Iterator[Record | BrokenInput]:
+def read_inputs(
+    inputs: Input | Iterable[Input], *, on_error: str = "raise", shard_texts: str = "json"
+) -> Iterator[Record | BrokenInput]:
     """The pictures that inputs name, one after the other, none decoded yet.
 
     Args:
@@ -62,10 +63,11 @@ def read_inputs(inputs: Input | Iterable[Input], *, on_error: str = "raise") -> 
             - a folder: the pictures in it and in its folders, by name, in the order of their paths. A picture is a file
               with a known suffix; names that start with a dot and links to folders are passed over;
             - a manifest, ``.jsonl`` or ``.ndjson``, as ``arrcoc.data.manifest`` reads it;
-            - a WebDataset shard, ``.tar``;
+            - a WebDataset shard, ``.tar``, or several as ``{000..011}.tar``, as ``arrcoc.data.webdataset`` reads them;
             - any other path: a picture;
             - a ``Record``, e.g. with a picture in memory.
         on_error: "raise" stops at the first broken line or entry, "skip" hands it out as a `BrokenInput`.
+        shard_texts: where the queries of a shard are: "json", "txt" or "none"; see ``iterate_shards``.
 
     Raises:
         FileNotFoundError: if a manifest or shard is missing.
@@ -82,19 +84,16 @@ def read_inputs(inputs: Input | Iterable[Input], *, on_error: str = "raise") -> 
         elif kind == "picture":
             yield Record(name=os.fspath(entry), image=path, queries={})
         else:
-            skips = _Collect(str(path), on_error)
-            for record in _open(path, kind, skips):
+            skips = _Collect(on_error)
+            records = (
+                read_manifest(path, skips=skips)
+                if kind == "manifest"
+                else iterate_shards(path, skips=skips, texts=shard_texts)
+            )
+            for record in records:
                 yield from skips.take()
                 yield record
             yield from skips.take()
-
-
-def _open(path: Path, kind: str, skips: Skips) -> Iterator[Record]:
-    if kind == "manifest":
-        return read_manifest(path, skips=skips)
-    from arrcoc.data.webdataset import iterate_shards
-
-    return iterate_shards([path], skips=skips)
 
 
 def _read_folder(folder: Path) -> Iterator[Record]:
@@ -103,7 +102,7 @@ def _read_folder(folder: Path) -> Iterator[Record]:
         empty = False
         yield Record(name=str(path), image=path, queries={})
     if empty:
-        raise ValueError(f"folder {str(folder)!r} holds no picture ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+        raise ValueError(f"folder {str(folder)!r} holds no picture ({', '.join(sorted(SUFFIXES))}).")
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -115,5 +114,5 @@ def _walk(folder: Path) -> Iterator[Path]:
             continue
         if is_folder:
             yield from _walk(folder / name)
-        elif Path(name).suffix.lower() in IMAGE_SUFFIXES:
+        elif Path(name).suffix.lower() in SUFFIXES:
             yield folder / name

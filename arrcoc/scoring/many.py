@@ -80,10 +80,11 @@ def score_many(
     budget: int | float | None = None,
     precision: str = "float32",
     logits: bool = False,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     part_size: int = 1000,
     num_workers: int = 2,
     on_error: str = "raise",
+    shard_texts: str = "json",
     resume: bool = False,
     progress: bool | None = None,
 ) -> ScoringSummary:
@@ -95,7 +96,7 @@ def score_many(
     Args:
         scorer: scores; one pass of its vision tower (a scale) serves all queries of a picture.
         inputs: files, folders, manifests, shards, records; see ``read_inputs``.
-        queries: asked of every picture; None for each picture's own, which a manifest or shard gives.
+        queries: asked of every picture, whatever it brings; None for each picture's own, of a manifest or shard.
         output: folder for ``part-00000.jsonl`` (or ``.parquet``) and so on, ``run.json``, and ``skipped.jsonl`` if
             pictures were skipped.
         format: "jsonl" or "parquet".
@@ -103,11 +104,13 @@ def score_many(
             for none.
         precision: "float32" or "float16", of maps in Parquet; in JSON 6 or 4 decimals.
         logits: write the relevance logits too.
-        batch_size: pictures that go through the tower together, >= 1.
+        batch_size: pictures that go through the tower together, >= 1; None for 4 on a CPU, which larger batches slow
+            down, and 32 elsewhere.
         part_size: pictures of a part, >= 1; a run that is cut loses less than one.
         num_workers: processes that decode and resize; 0 does it in this one.
         on_error: "raise" stops at the first picture that cannot be scored, "skip" writes it to ``skipped.jsonl``,
             counts it and goes on.
+        shard_texts: where the queries of shards are, if they are asked for: "json" or "txt"; see ``iterate_shards``.
         resume: go on after the last part that an earlier run completed.
         progress: show a bar; None for: on a terminal.
 
@@ -123,6 +126,8 @@ def score_many(
     started = time.perf_counter()
     texts = None if queries is None else check_queries(queries)
     layout = Layout(precision=precision, logits=logits, kept=budget is not None)
+    if batch_size is None:
+        batch_size = 4 if scorer.model.backbone.device.type == "cpu" else 32
     _check(format, on_error, batch_size, part_size, num_workers)
     settings = _identity(scorer) | {
         "queries": None if texts is None else list(texts),
@@ -132,7 +137,8 @@ def score_many(
         "logits": logits,
         "part_size": part_size,
     }
-    tasks = _tasks(read_inputs(inputs, on_error=on_error), texts)
+    stream = read_inputs(inputs, on_error=on_error, shard_texts=shard_texts if texts is None else "none")
+    tasks = _tasks(stream, texts)
     first = next(tasks, None)
     if first is None:
         raise ValueError("inputs must hold at least one picture, got none.")

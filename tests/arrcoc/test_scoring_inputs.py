@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
 
 from arrcoc.data.records import Record
-from arrcoc.data.skips import ItemError
 from arrcoc.scoring import read_inputs
 from arrcoc.scoring.inputs import BrokenInput, kind_of
 from scoring_cases import draw, write_pictures
@@ -30,7 +31,7 @@ def test_a_folder_is_read_with_its_folders_in_the_order_of_paths(tmp_path: Path)
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no picture")
-    with pytest.raises(ValueError, match=r"folder '.*' holds no picture \(\.avif, \.bmp, "):
+    with pytest.raises(ValueError, match=r"folder '.*' holds no picture \(\.bmp, \.gif, "):
         list(read_inputs([tmp_path]))
 
 
@@ -59,15 +60,48 @@ def test_inputs_follow_each_other_and_keep_their_queries(tmp_path: Path) -> None
 def test_broken_lines_stop_or_are_handed_out(tmp_path: Path) -> None:
     manifest = tmp_path / "m.jsonl"
     manifest.write_text('{"image": "a.png", "text": "red"}\n{"image"\n{"image": "b.png", "txt": "red"}\n')
-    with pytest.raises(ItemError, match=r"m\.jsonl: line 2: the line is not JSON"):
+    with pytest.raises(ValueError, match=r"m\.jsonl, line 2: the line is not JSON"):
         list(read_inputs(manifest))
     stream = list(read_inputs(manifest, on_error="skip"))
     broken = [entry for entry in stream if isinstance(entry, BrokenInput)]
-    assert [entry.name for entry in broken] == [f"{manifest}: line 2", f"{manifest}: line 3"]
+    assert [entry.name for entry in broken] == ["m.jsonl, line 2", "m.jsonl, line 3"]
     assert [entry.error.reason for entry in broken] == ["line unreadable", "bad key"]
     assert [entry.name for entry in stream if isinstance(entry, Record)] == ["a.png"]
+
+
+def write_shard(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def test_shards(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    draw(0, (8, 8)).save(file, "png")
+    members = {"a.png": file.getvalue(), "a.json": b'{"text": "red"}', "a.txt": b"blue"}
+    write_shard(tmp_path / "00.tar", members | {"b.json": b"{}"})
+    write_shard(tmp_path / "01.tar", {"c.png": file.getvalue(), "c.json": b'{"width": 8}', "c.txt": b"green"})
+    both = str(tmp_path / "{00..01}.tar")
+    assert kind_of(both) == "shard"
+    with pytest.raises(ValueError, match=r"00\.tar/b: there must be one picture, got json"):
+        list(read_inputs(both))
+    for texts, expected, lost in (
+        ("json", [("red",)], ["00.tar/b", "01.tar/c"]),
+        ("txt", [("blue",), ("green",)], ["00.tar/b"]),
+        ("none", [(), ()], ["00.tar/b"]),
+    ):
+        stream = list(read_inputs(both, on_error="skip", shard_texts=texts))
+        records = [entry for entry in stream if isinstance(entry, Record)]
+        assert [tuple(record.queries) for record in records] == expected
+        assert all(record.image == file.getvalue() for record in records)
+        assert [entry.name for entry in stream if isinstance(entry, BrokenInput)] == lost
 
 
 def test_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"m\.jsonl"):
         list(read_inputs(tmp_path / "m.jsonl"))
+    with pytest.raises(FileNotFoundError, match=r"s\.tar"):
+        list(read_inputs(tmp_path / "s.tar"))

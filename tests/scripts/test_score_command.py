@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,21 @@ def test_queries_come_from_a_file(spec: str, tmp_path: Path) -> None:
     (tmp_path / "queries.txt").write_text("a cup\n\n dog \n")
     score(spec, tmp_path / "out", PHOTOS / "coffee.jpg", "--queries", tmp_path / "queries.txt", "--format", "jsonl")
     assert [record["query"] for record in read_scores(tmp_path / "out")] == ["a cup", "dog"]
+
+
+def test_shards_ask_for_themselves(spec: str, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name in ("coffee", "rocket"):
+            (tmp_path / "text").write_text(f"a {name}")
+            tar.add(PHOTOS / f"{name}.jpg", f"{name}.jpg")
+            tar.add(tmp_path / "text", f"{name}.txt")
+    options = ["--shard-texts", "txt", "--overlays", "1"]
+    assert score(spec, tmp_path / "own", tmp_path / "0.tar", *options) == 0
+    asked = [(record["image"], record["query"]) for record in read_scores(tmp_path / "own")]
+    assert asked == [("coffee.jpg", "a coffee"), ("rocket.jpg", "a rocket")]
+    assert len(list((tmp_path / "own" / "overlays").iterdir())) == 1
+    assert score(spec, tmp_path / "given", tmp_path / "0.tar", "--query", "dog") == 0
+    assert [record["query"] for record in read_scores(tmp_path / "given")] == ["dog", "dog"]
 
 
 def test_pictures_of_a_manifest_on_request(spec: str, tmp_path: Path, manifest: Path) -> None:

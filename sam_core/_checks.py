@@ -42,6 +42,17 @@ def check_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be > 0, got {value!r}.")
 
 
+def check_share(name: str, value: Any) -> None:
+    """Refuse what is not a number in [0, 1).
+
+    Raises:
+        ValueError: with the name, the rule and the value.
+    """
+    check_finite(name, value)
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {value!r}.")
+
+
 def check_count(name: str, value: Any, *, at_least: int = 0) -> None:
     """Refuse what is not a whole number >= ``at_least``.
 

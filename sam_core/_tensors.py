@@ -53,16 +53,38 @@ def multiply(left: Sequence[Tensor], right: Sequence[Tensor], *, foreach: bool |
     return _apply(lambda xs, ys: list(torch._foreach_mul(xs, ys)), torch.mul, (left, right), foreach=foreach)
 
 
-def shift(tensors: Sequence[Tensor], amount: float, *, foreach: bool | None = None) -> list[Tensor]:
-    """New tensors ``x + amount``."""
-    return _apply(
-        lambda xs: list(torch._foreach_add(xs, amount)), lambda x: torch.add(x, amount), (tensors,), foreach=foreach
+def shift_(tensors: Sequence[Tensor], amount: float, *, foreach: bool | None = None) -> None:
+    """``x += amount`` in place."""
+    _apply(lambda xs: torch._foreach_add_(xs, amount), lambda x: Tensor.add_(x, amount), (tensors,), foreach=foreach)
+
+
+def scale_(tensors: Sequence[Tensor], factor: float, *, foreach: bool | None = None) -> None:
+    """``x *= factor`` in place."""
+    _apply(lambda xs: torch._foreach_mul_(xs, factor), lambda x: Tensor.mul_(x, factor), (tensors,), foreach=foreach)
+
+
+def add_(
+    tensors: Sequence[Tensor], others: Sequence[Tensor], *, alpha: float = 1.0, foreach: bool | None = None
+) -> None:
+    """``x += alpha * y`` in place."""
+    if abs(alpha) > torch.finfo(torch.float16).max:  # torch refuses a factor that the tensors' own dtype cannot hold
+        others = [_wide(other) for other in others]
+    _apply(
+        lambda xs, ys: torch._foreach_add_(xs, ys, alpha=alpha),
+        lambda x, y: x.add_(y, alpha=alpha),
+        (tensors, others),
+        foreach=foreach,
     )
 
 
-def add_(tensors: Sequence[Tensor], others: Sequence[Tensor], *, foreach: bool | None = None) -> None:
-    """``x += y`` in place."""
-    _apply(torch._foreach_add_, Tensor.add_, (tensors, others), foreach=foreach)
+def lerp_(tensors: Sequence[Tensor], ends: Sequence[Tensor], weight: float, *, foreach: bool | None = None) -> None:
+    """``x += weight * (y - x)`` in place, for any real weight."""
+    _apply(
+        lambda xs, ys: torch._foreach_lerp_(xs, ys, weight),
+        lambda x, y: x.lerp_(y, weight),
+        (tensors, ends),
+        foreach=foreach,
+    )
 
 
 def copy_(tensors: Sequence[Tensor], sources: Sequence[Tensor], *, foreach: bool | None = None) -> None:
@@ -70,14 +92,39 @@ def copy_(tensors: Sequence[Tensor], sources: Sequence[Tensor], *, foreach: bool
     _apply(torch._foreach_copy_, Tensor.copy_, (tensors, sources), foreach=foreach)
 
 
+def clone(tensors: Sequence[Tensor], *, foreach: bool | None = None) -> list[Tensor]:
+    """New tensors with the same entries."""
+    copies = [torch.empty_like(tensor) for tensor in tensors]
+    copy_(copies, tensors, foreach=foreach)
+    return copies
+
+
 def absolute(tensors: Sequence[Tensor], *, foreach: bool | None = None) -> list[Tensor]:
     """New real tensors ``|x|``, half types as float32: products with small gradients must not vanish."""
-    wide = [_wide(tensor.detach()) for tensor in tensors]
-    return _apply(lambda xs: list(torch._foreach_abs(xs)), torch.abs, (wide,), foreach=foreach)
+    return _apply(lambda xs: list(torch._foreach_abs(xs)), torch.abs, (wide(tensors),), foreach=foreach)
+
+
+def wide(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same tensors, half types as float32."""
+    return [_wide(tensor.detach()) for tensor in tensors]
+
+
+def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+    """Sum of Re(conj(x) y) over all entries of all tensors; products in float32 for half types."""
+    # No fused form exists; torch.vdot makes no temporary, but knows plain vectors alone.
+    parts = [
+        (torch.vdot(x.reshape(-1), y.reshape(-1)) if _plain(x) and _plain(y) else (x.conj() * y).sum()).real
+        for x, y in zip(wide(left), wide(right), strict=True)
+    ]
+    return float(torch.stack([part.to(parts[0].device, torch.float64) for part in parts]).sum()) if parts else 0.0
 
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in _HALF_TYPES else tensor
+
+
+def _plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, torch.nn.Parameter)
 
 
 def _norms(tensors: list[Tensor], order: float, foreach: bool | None) -> list[Tensor]:
@@ -104,7 +151,7 @@ def _apply(
 ) -> list[Tensor]:
     """Run the fused operation once a (device, dtype) group, or the single one once a tensor; results in input order."""
     if foreach is None:
-        foreach = all(type(tensor) in (Tensor, torch.nn.Parameter) for tensors in lists for tensor in tensors)
+        foreach = all(_plain(tensor) for tensors in lists for tensor in tensors)
     if not foreach:
         return [single(*tensors) for tensors in zip(*lists, strict=True)]
     results = list(lists[0])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,11 +19,15 @@ from sam_core._checks import check_nonnegative
 
 @dataclass(frozen=True, kw_only=True)
 class L2Ascent:
-    """Euclidean ball, T = 1 (Foret et al. 2021).
+    """Euclidean ball, T = 1: e = rho g / ||g|| (Foret et al. 2021, eq. 2).
 
     Args:
         rho: radius in parameter units, >= 0.
         maximize: the objective is maximised, so its worst neighbour is the lowest: e points along -g.
+
+    Example:
+        >>> L2Ascent(rho=0.05).stretch([torch.tensor([3.0])], [torch.tensor([2.0])])  # T g
+        [tensor([3.])]
     """
 
     rho: float
@@ -38,11 +43,17 @@ class L2Ascent:
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveAscent(L2Ascent):
-    """Ball that scales with the weights, T = |w| + eta (Kwon et al. 2021): rescaling a layer does not change it.
+    """Ball that scales with the weights, T = |w| + eta: e = rho T^2 g / ||T g|| (Kwon et al. 2021, eq. 5).
+
+    Rescaling a layer of a ReLU network and undoing it in the next one does not change it.
 
     Args:
         rho: radius relative to the weights, >= 0.
         eta: added to |w| so that zero weights move too, in parameter units, >= 0.
+
+    Example:
+        >>> AdaptiveAscent(rho=0.5, eta=1.0).stretch([torch.tensor([3.0])], [torch.tensor([-2.0])])  # T g
+        [tensor([9.])]
     """
 
     eta: float = 0.0
@@ -55,8 +66,58 @@ class AdaptiveAscent(L2Ascent):
         """(|w| + eta) x, entry by entry; half types as float32."""
         magnitudes = _tensors.absolute(params, foreach=foreach)
         if self.eta:
-            magnitudes = _tensors.shift(magnitudes, self.eta, foreach=foreach)
+            _tensors.shift_(magnitudes, self.eta, foreach=foreach)
         return _tensors.multiply(tensors, magnitudes, foreach=foreach)
+
+
+class Move(NamedTuple):
+    """Part of a perturbation, not multiplied out: each parameter moves by ``factor * direction``."""
+
+    params: list[Tensor]
+    directions: list[Tensor]
+    factor: float
+
+
+@torch.no_grad()
+def find_moves(
+    rules: Sequence[L2Ascent],
+    grads: Sequence[list[Tensor]],
+    params: Sequence[list[Tensor]],
+    *,
+    norm: Tensor | None = None,
+    foreach: bool | None = None,
+) -> list[Move]:
+    """The perturbation of :func:`compute_perturbation` in factors, T^2 g times rho / ||T g||: for T = 1, no copy of g.
+
+    Args:
+        rules: one a parameter group.
+        grads: for each group its gradients g, one a parameter.
+        params: for each group its parameters w.
+        norm: ||g|| over all groups, if known: it spares a look at g where T = 1 in all of them.
+        foreach: fuse the operations; None: where possible.
+
+    Returns:
+        One move a group; factor 0 where the whole gradient is zero.
+    """
+    stretched = [
+        rule.stretch(group_grads, group_params, foreach)
+        for rule, group_grads, group_params in zip(rules, grads, params, strict=True)
+    ]
+    together = [tensor for tensors in stretched for tensor in tensors]
+    if norm is None or any(isinstance(rule, AdaptiveAscent) for rule in rules):
+        norm = _tensors.norm(together, foreach=foreach)
+    length = float(norm)
+    # A subnormal length would make rho / length infinite in the tensors' dtype, and infinity times zero is NaN.
+    limit = min((torch.finfo(torch.promote_types(t.dtype, torch.float32)).max for t in together), default=0.0)
+
+    def factor(rule: L2Ascent) -> float:
+        size = min(rule.rho / length, limit) if length != 0 else 0.0
+        return -size if rule.maximize else size
+
+    return [
+        Move(group_params, rule.stretch(tensors, group_params, foreach), factor(rule))
+        for rule, tensors, group_params in zip(rules, stretched, params, strict=True)
+    ]
 
 
 @torch.no_grad()
@@ -83,20 +144,5 @@ def compute_perturbation(
         >>> compute_perturbation([L2Ascent(rho=1.0)], [[g]], [[w]])
         [[tensor([0.6000, 0.8000])]]
     """
-    stretched = [
-        rule.stretch(group_grads, group_params, foreach)
-        for rule, group_grads, group_params in zip(rules, grads, params, strict=True)
-    ]
-    together = [tensor for tensors in stretched for tensor in tensors]
-    length = float(_tensors.norm(together, foreach=foreach))
-    # A subnormal length would make rho / length infinite in the tensors' dtype, and infinity times zero is NaN.
-    limit = min((torch.finfo(torch.promote_types(t.dtype, torch.float32)).max for t in together), default=0.0)
-
-    def factor(rule: L2Ascent) -> float:
-        size = min(rule.rho / length, limit) if length != 0 else 0.0
-        return -size if rule.maximize else size
-
-    return [
-        _tensors.scale(rule.stretch(tensors, group_params, foreach), factor(rule), foreach=foreach)
-        for rule, tensors, group_params in zip(rules, stretched, params, strict=True)
-    ]
+    moves = find_moves(rules, grads, params, foreach=foreach)
+    return [_tensors.scale(move.directions, move.factor, foreach=foreach) for move in moves]

@@ -16,12 +16,15 @@ from sam_core import _tensors
 
 
 @torch.no_grad()
-def perturb(params: Sequence[Tensor], perturbation: Sequence[Tensor], *, foreach: bool | None = None) -> list[Tensor]:
-    """Add the perturbation to the parameters in place: w <- w + e.
+def perturb(
+    params: Sequence[Tensor], perturbation: Sequence[Tensor], *, alpha: float = 1.0, foreach: bool | None = None
+) -> list[Tensor]:
+    """Add the perturbation to the parameters in place: w <- w + alpha e.
 
     Args:
         params: tensors of any shape, device and dtype.
         perturbation: one tensor of the same shape for each parameter, in parameter units.
+        alpha: factor of the perturbation.
         foreach: fuse the operations; None: where possible.
 
     Returns:
@@ -29,15 +32,20 @@ def perturb(params: Sequence[Tensor], perturbation: Sequence[Tensor], *, foreach
 
     Raises:
         ValueError: if the two lists do not match.
+
+    Example:
+        >>> w = torch.zeros(2)
+        >>> backup = perturb([w], [torch.ones(2)], alpha=0.5)
+        >>> w
+        tensor([0.5000, 0.5000])
     """
     if len(params) != len(perturbation):
         raise ValueError(f"perturbation must have {len(params)} tensors, one a parameter, got {len(perturbation)}.")
     for position, (param, move) in enumerate(zip(params, perturbation, strict=True)):
         if param.shape != move.shape:
             raise ValueError(f"perturbation {position} must have shape {list(param.shape)}, got {list(move.shape)}.")
-    backup = [torch.empty_like(param) for param in params]
-    _tensors.copy_(backup, params, foreach=foreach)
-    _tensors.add_(params, perturbation, foreach=foreach)
+    backup = _tensors.clone(params, foreach=foreach)
+    _tensors.add_(params, perturbation, alpha=alpha, foreach=foreach)
     return backup
 
 
@@ -49,6 +57,13 @@ def restore(params: Sequence[Tensor], backup: Sequence[Tensor], *, foreach: bool
         params: the parameters given to :func:`perturb`.
         backup: what it returned.
         foreach: fuse the operations; None: where possible.
+
+    Example:
+        >>> w = torch.tensor([0.1, 0.2])
+        >>> backup = perturb([w], [torch.tensor([1e8, float("nan")])])
+        >>> restore([w], backup)
+        >>> w
+        tensor([0.1000, 0.2000])
     """
     _tensors.copy_(params, backup, foreach=foreach)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from sam_core._checks import check_in
-from sam_core.ascent import AdaptiveAscent, L2Ascent, compute_perturbation
+from sam_core.ascent import AdaptiveAscent, L2Ascent
 from sam_core.optimizers.two_pass import TwoPassOptimizer
 
 
@@ -40,6 +42,8 @@ class SAM(TwoPassOptimizer):
         >>> loss = optimizer.step(closure)
     """
 
+    local_ascent = True
+
     def __init__(
         self,
         params: Any,
@@ -55,15 +59,53 @@ class SAM(TwoPassOptimizer):
         check_in("adaptive", group["adaptive"], (True, False))
         AdaptiveAscent(rho=group["rho"], eta=group["eta"])
 
-    def _compute_perturbation(
-        self, groups: list[dict[str, Any]], params: list[list[Tensor]], grads: list[list[Tensor]]
-    ) -> list[list[Tensor]]:
-        return compute_perturbation([_rule(group) for group in groups], grads, params, foreach=self.foreach)
+    def _rule(self, group: dict[str, Any]) -> L2Ascent:
+        plain = super()._rule(group)
+        return AdaptiveAscent(rho=plain.rho, maximize=plain.maximize, eta=group["eta"]) if group["adaptive"] else plain
 
+    @torch.no_grad()
+    def step_m_sharpness(self, closures: Sequence[Callable[[], Tensor]]) -> Tensor:
+        """One step of m-sharpness: each micro-batch has its own worst neighbour (Foret et al. 2021, section 4.1).
 
-def _rule(group: dict[str, Any]) -> L2Ascent:
-    """The ascent rule that a parameter group asks for."""
-    maximize = bool(group.get("maximize", False))
-    if group["adaptive"]:
-        return AdaptiveAscent(rho=group["rho"], eta=group["eta"], maximize=maximize)
-    return L2Ascent(rho=group["rho"], maximize=maximize)
+            base step with  sum_i grad L_i(w + e_i),    e_i the perturbation by grad L_i(w)
+
+        Args:
+            closures: one a micro-batch: computes L_i, its share of the loss, calls backward and returns it.
+
+        Returns:
+            Sum of the losses at w.
+
+        Raises:
+            ValueError: for no closures.
+            RuntimeError: if a closure leaves no gradient.
+            FloatingPointError: for a non-finite gradient, if ``nonfinite="raise"``.
+
+        Example:
+            >>> w = torch.nn.Parameter(torch.zeros(2))
+            >>> optimizer = SAM([w], torch.optim.SGD, lr=0.1)
+            >>> def make(target):
+            ...     def closure():
+            ...         loss = (w - target).square().sum() / 2
+            ...         loss.backward()
+            ...         return loss
+            ...     return closure
+            >>> optimizer.step_m_sharpness([make(1.0), make(2.0)])
+            tensor(5.)
+        """
+        if not closures:
+            raise ValueError("closures must hold at least one micro-batch, got none.")
+        losses, skip, total = [], False, dict[Tensor, Tensor]()
+        for closure in closures:
+            losses.append(self._evaluate(closure).detach())
+            self.first_step()
+            skip |= self._begun is not None and self._begun.skip
+            try:
+                self._evaluate(closure)
+            finally:
+                self.restore()
+            for param in self._params_with_grad():
+                total[param] = total[param].add_(param.grad) if param in total else param.grad.clone()
+        for param, grad in total.items():
+            param.grad = grad
+        self._descend("w + perturbation", None, skip=skip)
+        return torch.stack(losses).sum()

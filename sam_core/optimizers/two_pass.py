@@ -1,82 +1,80 @@
 """The two-pass protocol: gradients at w, move to a perturbed point, gradients there, back to w exactly, base step.
 
-A method defines :meth:`TwoPassOptimizer._compute_perturbation` and, per parameter group, its options; the protocol does
-everything that goes wrong around them: restoring, saving, non-finite gradients, loss scaling, clipping, schedulers.
+A method is its ascent rule (:meth:`TwoPassOptimizer._rule` or :meth:`TwoPassOptimizer._ascend`), its descent rule
+(:meth:`GuardedOptimizer._update`), its schedule (:meth:`TwoPassOptimizer._second_pass_is_due`) and its options. The
+protocol does everything that goes wrong around them: restoring, saving, non-finite gradients, loss scaling, clipping.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_
-from torch.optim import Optimizer
 
 from sam_core import _tensors
-from sam_core._checks import check_in, check_positive
-from sam_core.optimizers.wrapper import OptimizerWrapper
+from sam_core.ascent import L2Ascent, Move, find_moves
+from sam_core.optimizers.guarded import GuardedOptimizer
 from sam_core.weights import perturb, restore
 
 
-class _Perturbed(NamedTuple):
-    """What first_step leaves for second_step: the parameters it moved, their clean values, whether to skip the step."""
+class _Begun(NamedTuple):
+    """What first_step leaves for second_step."""
+
+    params: list[Tensor]  # those it moved
+    backup: list[Tensor]  # their clean values
+    skip: bool  # the gradients at w are not finite
+
+
+class Pair(NamedTuple):
+    """Parameters of one group that have a gradient in both passes."""
 
     params: list[Tensor]
-    backup: list[Tensor]
-    skip: bool
+    ascent_grads: list[Tensor]  # at w
+    descent_grads: list[Tensor]  # at w + perturbation: those in .grad
 
 
-class TwoPassOptimizer(OptimizerWrapper):
+class TwoPassOptimizer(GuardedOptimizer):
     """Base of the methods that take a gradient at w and one at a perturbed point before they step.
 
-    Args:
-        params: parameters, named parameters or parameter groups; a group may hold the method's options (``rho``).
-        base_optimizer: class that makes the step, e.g. ``torch.optim.AdamW``.
-        method_defaults: the method's own options, for groups that do not set them; ``rho`` is one.
-        nonfinite: on a gradient with NaN or infinity, "raise" FloatingPointError with the parameter's name, or "skip"
-            the step and count it in ``num_skipped``. Weights and moments stay as they were in both cases. With an
-            enabled ``grad_scaler`` such steps are always skipped: its search for a scale produces them.
-        max_grad_norm: largest global norm of the gradients that the base optimizer steps with, > 0; None: no limit.
-            The perturbation does not depend on it.
-        foreach: fuse operations over tensors; None: where possible. The base optimizer gets it too, if it takes it.
-        **kwargs: arguments of ``base_optimizer``, e.g. ``lr``.
-
-    Raises:
-        ValueError: for a bad option.
+    Arguments and errors are those of :class:`GuardedOptimizer`.
     """
 
-    def __init__(
-        self,
-        params: Any,
-        base_optimizer: type[Optimizer],
-        method_defaults: dict[str, Any],
-        *,
-        nonfinite: str = "raise",
-        max_grad_norm: float | None = None,
-        foreach: bool | None = None,
-        **kwargs: Any,
-    ) -> None:
-        check_in("nonfinite", nonfinite, ("raise", "skip"))
-        check_in("foreach", foreach, (None, True, False))
-        if max_grad_norm is not None:
-            check_positive("max_grad_norm", max_grad_norm)
-        super().__init__(params, base_optimizer, method_defaults, foreach=foreach, **kwargs)
-        self.nonfinite = nonfinite
-        self.max_grad_norm = max_grad_norm
-        self._counters["num_skipped"] = 0
-        self._perturbed: _Perturbed | None = None
+    #: The gradient at w only chooses where to look next, so each rank and each micro-batch may choose for itself.
+    local_ascent: ClassVar[bool] = False
+    #: The descent rule needs the gradients at w: they are kept, by parameter, in ``_ascent_grads``.
+    _keeps_ascent_grads: ClassVar[bool] = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._begun: _Begun | None = None
+        self._ascent_grads: dict[Tensor, Tensor] = {}
 
     # What a method defines --------------------------------------------------------------------------------------------
 
-    def _compute_perturbation(
-        self, groups: list[dict[str, Any]], params: list[list[Tensor]], grads: list[list[Tensor]]
-    ) -> list[list[Tensor]]:
-        """The move from w to where the second gradient is taken: for each group, one tensor a parameter."""
-        raise NotImplementedError
+    def _rule(self, group: dict[str, Any]) -> L2Ascent:
+        """The neighbourhood that a parameter group asks for."""
+        return L2Ascent(rho=group["rho"], maximize=bool(group.get("maximize", False)))
+
+    def _ascend(self, params: list[list[Tensor]], grads: list[list[Tensor]], norm: Tensor) -> list[Move]:
+        """The ascent rule: the move from w to where the second gradient is taken; here to the worst neighbour.
+
+        Args:
+            params: for each group its parameters that have a gradient.
+            grads: their gradients at w, unscaled and finite. Not to be changed: they may be the user's.
+            norm: global norm of the gradients.
+        """
+        rules = [self._rule(group) for group in self.param_groups]
+        return find_moves(rules, grads, params, norm=norm, foreach=self.foreach)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        self._rule(group)
+
+    def _second_pass_is_due(self) -> bool:
+        """The schedule: whether this step needs the gradient at a second point."""
+        return any(group["rho"] != 0 for group in self.param_groups)
 
     # The protocol -----------------------------------------------------------------------------------------------------
 
@@ -84,26 +82,44 @@ class TwoPassOptimizer(OptimizerWrapper):
     def first_step(self, zero_grad: bool = False, *, grad_scaler: torch.amp.GradScaler | None = None) -> None:
         """Move the weights to w + perturbation, from the gradients at w in ``.grad``.
 
+        Where the method needs no second pass (rho = 0, or LookSAM between two of its own) the weights stay at w.
+
         Args:
             zero_grad: clear the gradients afterwards, ready for the second backward.
-            grad_scaler: the scaler whose ``scale(loss)`` was differentiated; the gradients are unscaled here.
+            grad_scaler: the scaler whose ``scale(loss)`` was differentiated; ``.grad`` stays scaled.
 
         Raises:
             RuntimeError: if no parameter has a gradient, or the weights are perturbed already.
             ValueError: for a sparse gradient.
             FloatingPointError: for a non-finite gradient, if ``nonfinite="raise"``.
         """
-        if self._perturbed is not None:
+        if self._begun is not None:
             raise RuntimeError("first_step was called twice; call second_step, or restore() to give the step up.")
-        if self._take_gradients("w", self, grad_scaler) is None:
-            self._perturbed = _Perturbed([], [], skip=True)
+        self._check_gradients("w")
+        norm = self._finite_norm("w", grad_scaler)
+        if norm is None:
+            if grad_scaler is not None:
+                grad_scaler.unscale_(self.base_optimizer)  # so that its update() hears of the overflow
+            self._begun = _Begun([], [], skip=True)
+        elif not self._second_pass_is_due():
+            self._begun = _Begun([], [], skip=False)
         else:
             params = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
             grads = [[p.grad for p in group] for group in params]
-            perturbation = self._compute_perturbation(self.param_groups, params, grads)
-            moved = [p for group in params for p in group]
-            backup = perturb(moved, [e for group in perturbation for e in group], foreach=self.foreach)
-            self._perturbed = _Perturbed(moved, backup, skip=False)
+            if grad_scaler is not None and grad_scaler.is_enabled():
+                # Not with unscale_: a scaler refuses to do that twice for one optimizer, and .grad is the user's.
+                factor = 1 / grad_scaler.get_scale()
+                grads, norm = [_tensors.scale(g, factor, foreach=self.foreach) for g in grads], norm * factor
+            self._begun = _Begun([], [], skip=False)
+            for move in self._ascend(params, grads, norm):
+                self._begun.backup.extend(
+                    perturb(move.params, move.directions, alpha=move.factor, foreach=self.foreach)
+                )
+                self._begun.params.extend(move.params)
+            if self._keeps_ascent_grads:
+                pairs = ((p, g) for group in zip(params, grads, strict=True) for p, g in zip(*group, strict=True))
+                self._ascent_grads = {p: g.clone() if g is p.grad else g for p, g in pairs}
+            torch.clear_autocast_cache()  # of weights cast at w
         if zero_grad:
             self.zero_grad()
 
@@ -113,31 +129,36 @@ class TwoPassOptimizer(OptimizerWrapper):
 
         Args:
             zero_grad: clear the gradients afterwards.
-            grad_scaler: as for :meth:`first_step`; call its ``update()`` afterwards.
+            grad_scaler: as for :meth:`first_step`, ``.grad`` is unscaled here; call its ``update()`` afterwards.
 
         Raises:
             RuntimeError: if no parameter has a gradient, or first_step was not called.
             ValueError: for a sparse gradient.
             FloatingPointError: for a non-finite gradient, if ``nonfinite="raise"``.
         """
-        if self._perturbed is None:
+        if self._begun is None:
             raise RuntimeError("second_step needs a first_step before it.")
-        skip = self._perturbed.skip
+        skip, ascent_grads = self._begun.skip, self._ascent_grads
         self.restore()
-        self._descend("w + perturbation", grad_scaler, skip=skip)
+        self._ascent_grads = ascent_grads
+        try:
+            self._descend("w + perturbation", grad_scaler, skip=skip)
+        finally:
+            self._ascent_grads = {}
         if zero_grad:
             self.zero_grad()
 
     def restore(self) -> None:
         """Give up a step begun by first_step: put the weights back to w exactly. Does nothing between steps."""
-        if self._perturbed is not None:
-            restore(self._perturbed.params, self._perturbed.backup, foreach=self.foreach)
-            self._perturbed = None
+        if self._begun is not None:
+            restore(self._begun.params, self._begun.backup, foreach=self.foreach)
+            torch.clear_autocast_cache()  # of weights cast at w + perturbation
+            self._forget()
 
     @torch.no_grad()
     def step(
         self,
-        closure: Callable[[], Any] | None = None,
+        closure: Callable[..., Any] | None = None,
         *,
         grads_ready: bool = False,
         grad_scaler: torch.amp.GradScaler | None = None,
@@ -145,18 +166,19 @@ class TwoPassOptimizer(OptimizerWrapper):
     ) -> Any:
         """One whole step: both passes, back to w, base step.
 
-        With rho = 0 in every group both passes are the same, and the closure runs once.
+        Where no second pass is due (rho = 0 in every group, or LookSAM between two of its own) the closure runs once;
+        with ``grads_ready``, not at all.
 
         Args:
             closure: computes the loss, calls backward on it (on ``grad_scaler.scale(loss)``) and returns it, or
                 anything else. Gradients are cleared before each call. None is allowed where the perturbation is zero:
-                the gradients in ``.grad`` are all zero, or rho = 0.
+                the gradients in ``.grad`` are all zero, or no second pass is due.
             grads_ready: the gradients at w are in ``.grad`` already; the closure runs once, at w + perturbation.
             grad_scaler: unscales the gradients of each pass; call its ``update()`` afterwards, not its ``step``.
-            ascent_context: context of the first pass, e.g. ``ddp_model.no_sync``.
+            ascent_context: context of the first pass, e.g. ``ddp_model.no_sync`` for methods with ``local_ascent``.
 
         Returns:
-            What the closure returned at w; with ``grads_ready`` at w + perturbation. None without a closure.
+            What the closure returned at w; with ``grads_ready`` at w + perturbation. None if it did not run.
 
         Raises:
             ValueError: if a closure is needed and there is none, or for a sparse gradient.
@@ -175,23 +197,23 @@ class TwoPassOptimizer(OptimizerWrapper):
         """
         if grads_ready and ascent_context is not None:
             raise ValueError("ascent_context must be None with grads_ready=True: the first pass has been run already.")
-        no_ascent = all(group["rho"] == 0 for group in self.param_groups)
+        due = self._second_pass_is_due()
         if closure is None:
-            if not no_ascent and any(p.grad.any() for p in self._params_with_grad()):
+            if due and any(p.grad.any() for p in self._params_with_grad()):
                 raise ValueError(
                     "closure must be given, got None: the second pass needs it. Or use first_step and second_step."
                 )
             return self._descend("w", grad_scaler)
 
         loss = None
-        if no_ascent and not grads_ready:
-            loss = self._evaluate(closure)  # outside ascent_context: the base optimizer steps with these gradients
+        if not grads_ready:
+            # A gradient that is stepped with is taken outside ascent_context: it must be synchronised.
+            loss = self._evaluate(closure, ascent_context if due else None)
+        if not due:
             self._descend("w", grad_scaler)
             return loss
-        if not grads_ready:
-            loss = self._evaluate(closure, ascent_context)
-        self.first_step(grad_scaler=grad_scaler)
         try:
+            self.first_step(grad_scaler=grad_scaler)
             second_loss = self._evaluate(closure)
         except BaseException:
             self.restore()
@@ -200,57 +222,20 @@ class TwoPassOptimizer(OptimizerWrapper):
         return second_loss if grads_ready else loss
 
     @property
-    def num_skipped(self) -> int:
-        """Steps skipped because of a non-finite gradient."""
-        return self._counters["num_skipped"]
+    def in_second_pass(self) -> bool:
+        """Whether a step is begun: a closure called now runs at w + perturbation, and BatchNorm must not count it."""
+        return self._begun is not None
 
-    def _evaluate(self, closure: Callable[[], Any], context: Any = None) -> Any:
-        """Call the closure on cleared gradients, within a context given as such or as a function that makes it."""
-        self.zero_grad()
-        if not hasattr(context, "__enter__"):
-            context = nullcontext() if context is None else context()
-        with context, torch.enable_grad():
-            return closure()
+    def _pairs(self) -> list[Pair]:
+        """For each group the gradients at w and those in ``.grad``, of the parameters that have both."""
+        both = [[p for p in g["params"] if p.grad is not None and p in self._ascent_grads] for g in self.param_groups]
+        return [Pair(ps, [self._ascent_grads[p] for p in ps], [p.grad for p in ps]) for ps in both]
 
-    def _descend(self, where: str, grad_scaler: torch.amp.GradScaler | None, *, skip: bool = False) -> None:
-        """Clip and step with the gradients in ``.grad``, unless they or the first pass's are not finite."""
-        # A scaler refuses to unscale twice for one optimizer between updates; the two passes come as two optimizers,
-        # and its update() hears of an overflow in either.
-        norm = self._take_gradients(where, self.base_optimizer, grad_scaler)
-        # Schedulers look for this mark of theirs; a skipped step, or the two-step form, would make them warn.
-        for optimizer in (self, self.base_optimizer):
-            optimizer._opt_called = True  # type: ignore[attr-defined]
-        if skip or norm is None:
-            self._counters["num_skipped"] += 1
-            return
-        if self.max_grad_norm is not None:
-            clip_grads_with_norm_(self._params_with_grad(), self.max_grad_norm, norm, foreach=self.foreach)
-        self.base_optimizer.step()
-
-    def _take_gradients(self, where: str, owner: Optimizer, grad_scaler: torch.amp.GradScaler | None) -> Tensor | None:
-        """Unscale the gradients and check them: their global norm, or None if the step is to be skipped."""
-        params = self._params_with_grad()
-        if not params:
-            raise RuntimeError(f"no parameter has a gradient at {where}: call backward on the loss before the step.")
-        for param in params:
-            if param.grad.layout != torch.strided:
-                raise ValueError(
-                    f"gradients must be dense, got a {param.grad.layout} gradient for {self._describe(param)}; "
-                    "build the layer with sparse=False."
-                )
-        if grad_scaler is not None:
-            grad_scaler.unscale_(owner)
-        # One bad entry makes the norm bad: one number to wait for, not one a parameter.
-        norm = _tensors.norm([p.grad for p in params], foreach=self.foreach)
-        if math.isfinite(norm):
-            return norm
-        scaling = grad_scaler is not None and grad_scaler.is_enabled()
-        if self.nonfinite == "raise" and not scaling:
-            bad = next((p for p in params if not p.grad.isfinite().all()), params[0])
-            raise FloatingPointError(f"the gradient of {self._describe(bad)} is not finite at {where}.")
-        return None
+    def _forget(self) -> None:
+        self._begun = None
+        self._ascent_grads = {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As usual; and forget a step begun, for its weights must not come back over loaded ones."""
         super().load_state_dict(state_dict)
-        self._perturbed = None
+        self._forget()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -27,6 +30,9 @@ class OptimizerWrapper(Optimizer):
     Raises:
         ValueError: for a bad option.
     """
+
+    #: The closure returns each sample's loss instead of calling backward: see :class:`EfficientSAM`.
+    takes_sample_losses: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -54,6 +60,30 @@ class OptimizerWrapper(Optimizer):
         base_state = self.base_optimizer.state  # Adagrad fills it on construction, Optimizer.__init__ empties it
         super().__init__(self.base_optimizer.param_groups, {**self.base_optimizer.defaults, **method_defaults})
         self.state = base_state
+
+    def step(
+        self,
+        closure: Callable[..., Any] | None = None,
+        *,
+        grads_ready: bool = False,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        ascent_context: Callable[[], AbstractContextManager[Any]] | AbstractContextManager[Any] | None = None,
+    ) -> Any:
+        """One whole step of the method; see its class."""
+        raise NotImplementedError
+
+    @property
+    def in_second_pass(self) -> bool:
+        """Whether a step is begun: a closure called now runs at w + perturbation, and BatchNorm must not count it."""
+        return False
+
+    @contextmanager
+    def at_weights(self) -> Iterator[None]:
+        """Within the block the parameters are the clean weights w, for evaluation and saving.
+
+        Between steps they are so anyway, except for :class:`MSAM`'s.
+        """
+        yield
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise ValueError if the method's options in a parameter group are bad."""

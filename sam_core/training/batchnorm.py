@@ -56,6 +56,32 @@ def frozen_running_stats(model: nn.Module) -> Iterator[None]:
         _release(frozen)
 
 
+@contextmanager
+def kept_running_stats(model: nn.Module) -> Iterator[None]:
+    """After the block the running statistics are what they were before it; layers run in it as usual.
+
+    For code that runs layers again as they ran, such as the backward of a checkpointed model: unlike
+    :func:`frozen_running_stats` this changes nothing about how a layer computes.
+
+    Args:
+        model: any module.
+
+    Example:
+        >>> model = torch.nn.BatchNorm1d(3)
+        >>> with kept_running_stats(model):
+        ...     output = model(torch.randn(8, 3))
+        >>> model.running_mean.tolist(), model.num_batches_tracked.item()
+        ([0.0, 0.0, 0.0], 0)
+    """
+    layers = [layer for layer in model.modules() if _has_running_stats(layer)]
+    saved = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers(recurse=False)]
+    try:
+        yield
+    finally:
+        for buffer, value in saved:
+            buffer.copy_(value)
+
+
 def _freeze(model: nn.Module) -> list[nn.Module]:
     """Freeze the layers that are not frozen yet, and return them."""
     layers = [layer for layer in model.modules() if _has_running_stats(layer) and not hasattr(layer, _SAVED)]

@@ -7,12 +7,33 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from sam_core import ASAM, SAM
+import sam_core
 
-METHODS = {
-    "sam": lambda params, base, **options: SAM(params, base, **{"rho": 0.1, **options}),
-    "asam": lambda params, base, **options: ASAM(params, base, **{"rho": 0.5, "eta": 0.01, **options}),
+DEFAULTS = {
+    "sam": {"rho": 0.1},
+    "asam": {"rho": 0.5, "eta": 0.01},
+    "gsam": {"rho": 0.1, "alpha": 0.3, "rho_min": 0.0},
+    "wsam": {"rho": 0.1, "gamma": 0.7},
+    "wsam_coupled": {"rho": 0.1, "gamma": 0.7, "decouple": False},
+    "friendlysam": {"rho": 0.1, "sigma": 0.8, "lmbda": 0.6},
+    "looksam": {"rho": 0.1, "k": 2, "alpha": 0.4},
+    "efficientsam": {"rho": 0.1, "perturbation_ratio": 0.5, "sample_ratio": 0.5},
+    "momentumsam": {"rho": 0.1, "perturbation_momentum": 0.6},
+    "msam": {"rho": 0.2},
+    "memoryefficientsam": {"rho": 0.1},
 }
+
+
+def method_class(method: str) -> type[sam_core.OptimizerWrapper]:
+    return sam_core.METHODS[method.removesuffix("_coupled")]
+
+
+def _builder(method: str) -> Callable[..., sam_core.OptimizerWrapper]:
+    return lambda params, base, **options: method_class(method)(params, base, **{**DEFAULTS[method], **options})
+
+
+METHODS = {method: _builder(method) for method in DEFAULTS}
+TWO_PASS = [method for method in DEFAULTS if method not in ("msam", "efficientsam")]  # those with both step forms
 BASES = {
     "sgd": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}),
     "adamw": (torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1}),
@@ -30,15 +51,22 @@ def make_batch(seed: int = 1, dtype: torch.dtype = torch.float64) -> tuple[Tenso
     return inputs, torch.randint(3, (16,), generator=generator)
 
 
-def make_closure(model: nn.Module, batch: tuple[Tensor, Tensor] | None = None) -> Callable[[], Tensor]:
+def make_closure(
+    model: nn.Module, batch: tuple[Tensor, Tensor] | None = None, *, method: str = "sam", scaler=None
+) -> Callable[..., Tensor]:
+    """The closure that a method wants: one that calls backward, or one that returns each sample's loss."""
     inputs, targets = batch if batch is not None else make_batch()
 
     def closure() -> Tensor:
         loss = nn.functional.cross_entropy(model(inputs), targets)
-        loss.backward()
+        (loss if scaler is None else scaler.scale(loss)).backward()
         return loss
 
-    return closure
+    def sample_losses(indices: Tensor | None = None) -> Tensor:
+        chosen = slice(None) if indices is None else indices
+        return nn.functional.cross_entropy(model(inputs[chosen]), targets[chosen], reduction="none")
+
+    return sample_losses if method_class(method).takes_sample_losses else closure
 
 
 def copies(model: nn.Module) -> list[Tensor]:
@@ -56,26 +84,3 @@ def true_perturbation(params: list[Tensor], grads: list[Tensor], rho: float, eta
     t = [torch.ones_like(p) if eta is None else p.abs() + eta for p in params]
     length = sum(((a * g) ** 2).sum() for a, g in zip(t, grads, strict=True)).sqrt()
     return [rho * a**2 * g / length for a, g in zip(t, grads, strict=True)]
-
-
-def true_step(
-    model: nn.Module, base: torch.optim.Optimizer, rho: float, eta: float | None, max_grad_norm=None
-) -> Tensor:
-    """One step by torch.autograd.grad and new tensors; returns the loss at w."""
-    inputs, targets = make_batch()
-    params = {name: param for name, param in model.named_parameters() if param.requires_grad}
-
-    def loss_at(values: list[Tensor]) -> Tensor:
-        weights = dict(zip(params, values, strict=True))
-        return nn.functional.cross_entropy(torch.func.functional_call(model, weights, (inputs,)), targets)
-
-    w = [p.detach().clone().requires_grad_() for p in params.values()]
-    loss = loss_at(w)
-    e = true_perturbation([p.detach() for p in w], list(torch.autograd.grad(loss, w)), rho, eta)
-    moved = [(p + d).detach().requires_grad_() for p, d in zip(w, e, strict=True)]
-    for param, grad in zip(params.values(), torch.autograd.grad(loss_at(moved), moved), strict=True):
-        param.grad = grad
-    if max_grad_norm is not None:
-        torch.nn.utils.clip_grad_norm_(params.values(), max_grad_norm)
-    base.step()
-    return loss.detach()

@@ -16,6 +16,7 @@ from torch import nn
 import sam_core
 from sam_cases import BASES, METHODS, assert_bitwise, copies, make_closure, make_model
 from sam_core import SAM, TwoPassOptimizer
+from sam_core.ascent import Move
 
 RESUME = """
 import sys
@@ -28,11 +29,11 @@ from sam_cases import BASES, METHODS, make_closure, make_model
 checkpoints = torch.load(path, weights_only=True)
 for (method, base), (model_state, optimizer_state) in checkpoints.items():
     model = make_model()
-    optimizer = METHODS[method](model.parameters(), BASES[base][0], lr=123.0)
+    optimizer = METHODS[method](model.parameters(), BASES[base][0], **{**BASES[base][1], "lr": 123.0})
     model.load_state_dict(model_state)
     optimizer.load_state_dict(optimizer_state)
     for _ in range(3):
-        optimizer.step(make_closure(model))
+        optimizer.step(make_closure(model, method=method))
     checkpoints[method, base] = model.state_dict()
 torch.save(checkpoints, path)
 """
@@ -46,10 +47,10 @@ def test_resume_in_a_fresh_process_is_exact(tmp_path):
         models[case] = make_model()
         optimizer = METHODS[method](models[case].parameters(), BASES[base][0], **BASES[base][1])
         for _ in range(2):
-            optimizer.step(make_closure(models[case]))
+            optimizer.step(make_closure(models[case], method=method))
         checkpoints[case] = copy.deepcopy((models[case].state_dict(), optimizer.state_dict()))
         for _ in range(3):
-            optimizer.step(make_closure(models[case]))
+            optimizer.step(make_closure(models[case], method=method))
     torch.save(checkpoints, path)
     folders = [str(Path(__file__).parent), str(Path(sam_core.__file__).parents[1])]
     subprocess.run([sys.executable, "-c", RESUME, str(path), *folders], check=True, timeout=120)
@@ -128,12 +129,12 @@ class _Remembering(TwoPassOptimizer):
     def _check_group(self, group):
         pass
 
-    def _compute_perturbation(self, groups, params, grads):
+    def _ascend(self, params, grads, norm):
         self._counters["num_steps"] += 1
         for param, grad in zip(params[0], grads[0], strict=True):
             average = self._method_state.setdefault(param, {"average": torch.zeros_like(param, dtype=torch.float64)})
             average["average"].lerp_(grad.double(), 0.1)
-        return [[self._method_state[p]["average"].to(p.dtype) for p in params[0]]]
+        return [Move(params[0], [self._method_state[p]["average"].to(p.dtype) for p in params[0]], 1.0)]
 
 
 @pytest.mark.parametrize("base", BASES)

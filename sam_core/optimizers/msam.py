@@ -1,0 +1,199 @@
+"""MSAM: look ahead along the momentum, for the price of the base optimizer alone (Becker et al. 2024, Algorithm 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sam_core import _tensors
+from sam_core.ascent import L2Ascent, Move, find_moves
+from sam_core.optimizers.guarded import GuardedOptimizer
+
+_MOMENTA = ("momentum_buffer", "exp_avg")  # what torch's optimizers call it
+
+
+class _MovedOut(NamedTuple):
+    """A parameter at w - factor v."""
+
+    weight: Tensor  # w
+    factor: float
+    version: int  # torch's count of writes to the parameter, ours the last
+
+
+class MSAM(GuardedOptimizer):
+    """Momentum-SAM: one pass a step, at w - rho v / ||v||, v the momentum of the base optimizer.
+
+    Between steps the parameters *are* at w - rho v / ||v||, so that an ordinary training loop takes its gradient there;
+    a step goes back to w exactly, steps there, and moves out along the new v. Weight decay is taken at w; the authors'
+    code for SGD takes it at the perturbed point. Evaluate and save within :meth:`at_weights`.
+
+    Weights written from outside with torch's own means, e.g. by ``model.load_state_dict``, are taken for clean ones.
+
+    Args:
+        params: parameters, named parameters or parameter groups; a group may set rho of its own.
+        base_optimizer: class with a momentum, e.g. ``torch.optim.AdamW`` or ``torch.optim.SGD`` with ``momentum=0.9``.
+        rho: distance from w, parameter units, >= 0; the authors use 0.3 to 3 with SGD and more with AdamW. 0 is the
+            base optimizer.
+        **kwargs: ``nonfinite``, ``max_grad_norm`` and ``foreach`` of :class:`GuardedOptimizer`; the others go to
+            ``base_optimizer``.
+
+    Raises:
+        ValueError: for a bad option, or a base optimizer without momentum.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.tensor([1.0]))
+        >>> optimizer = MSAM([w], torch.optim.SGD, rho=0.5, lr=0.25, momentum=0.9)
+        >>> (w**2).sum().backward()
+        >>> optimizer.step()  # to w = 1 - 0.25 * 2, and on along -v = -2
+        >>> w.item()
+        0.0
+        >>> with optimizer.at_weights():
+        ...     w.item()
+        0.5
+    """
+
+    def __init__(self, params: Any, base_optimizer: type[Optimizer], rho: float = 0.3, **kwargs: Any) -> None:
+        self._moved: dict[Tensor, _MovedOut] = {}
+        self._inside = False  # of at_weights
+        super().__init__(params, base_optimizer, {"rho": rho}, **kwargs)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        L2Ascent(rho=group["rho"])
+        options = {**self.base_optimizer.defaults, **group}
+        if group["rho"] > 0 and not (options.get("momentum", 0) > 0 or options.get("betas", (0,))[0] > 0):
+            raise ValueError("base_optimizer must have a momentum, e.g. SGD with momentum=0.9, got none.")
+
+    @torch.no_grad()
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        grads_ready: bool = False,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        ascent_context: Any = None,
+    ) -> Any:
+        """One step.
+
+        Args:
+            closure: computes the loss, calls backward on it and returns it; gradients are cleared before. None: the
+                gradients are in ``.grad``.
+            grads_ready: the gradients are in ``.grad``; the closure does not run.
+            grad_scaler: unscales the gradients; call its ``update()`` afterwards. ``grad_scaler.step(optimizer)`` works
+                as well, without it.
+            ascent_context: not entered: the only gradient is stepped with.
+
+        Returns:
+            What the closure returned, at w - rho v / ||v||; None if it did not run.
+
+        Raises:
+            RuntimeError: within :meth:`at_weights`, or if there is no gradient.
+            ValueError: for a sparse gradient.
+            FloatingPointError: for a non-finite gradient, if ``nonfinite="raise"``.
+        """
+        if self._inside:
+            raise RuntimeError("step must be called outside at_weights(): gradients belong to the moved weights.")
+        self._adopt()
+        loss = None if closure is None or grads_ready else self._evaluate(closure)
+        self._descend("w - rho v / ||v||", grad_scaler)
+        return loss
+
+    @contextmanager
+    def at_weights(self) -> Iterator[None]:
+        """Within the block the parameters are the clean weights w, for evaluation and saving.
+
+        A resume is exact whether model *and* optimizer were saved within the block or outside; within, the file of the
+        optimizer is smaller by one set of weights.
+        """
+        if self._inside:
+            yield
+            return
+        self._adopt()
+        self._move_back()
+        self._inside = True
+        try:
+            yield
+        finally:
+            self._inside = False
+            self._move_out()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As usual; and notice weights that were written from outside, before the next forward."""
+        self._adopt()
+        super().zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resume needs; outside :meth:`at_weights` that includes the clean weights."""
+        self._adopt()
+        self._method_state = {} if self._inside else {p: {"weight": moved.weight} for p, moved in self._moved.items()}
+        try:
+            return super().state_dict()
+        finally:
+            self._method_state = {}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As usual; the parameters, if loaded before, may be the clean or the moved ones."""
+        if not self._inside:
+            self._adopt()
+            self._move_back()
+        super().load_state_dict(state_dict)
+        saved, self._method_state = self._method_state, {}
+        _tensors.copy_(list(saved), [own["weight"] for own in saved.values()], foreach=self.foreach)
+        if not self._inside:
+            self._move_out()
+
+    def _update(self, norm: Tensor) -> None:
+        self._move_back()
+        try:
+            self._step_base(norm)
+        finally:
+            self._move_out()
+
+    def _moves(self) -> list[Move]:
+        """rho v / ||v|| of the parameters that have a momentum yet; to be subtracted."""
+        rules, momenta, params = [], [], []
+        for group in self.param_groups:
+            known = {p: _momentum(self.state.get(p, {})) for p in group["params"]} if group["rho"] > 0 else {}
+            params.append([p for p, v in known.items() if v is not None])
+            momenta.append([v for v in known.values() if v is not None])
+            rules.append(L2Ascent(rho=group["rho"]))
+        return find_moves(rules, momenta, params, foreach=self.foreach)
+
+    @torch.no_grad()
+    def _move_out(self) -> None:
+        moves = self._moves()
+        old, self._moved = self._moved, {}
+        for move in moves:
+            weights = [old[p].weight if p in old else torch.empty_like(p) for p in move.params]
+            _tensors.copy_(weights, move.params, foreach=self.foreach)
+            _tensors.add_(move.params, move.directions, alpha=-move.factor, foreach=self.foreach)
+            for param, weight in zip(move.params, weights, strict=True):
+                self._moved[param] = _MovedOut(weight, move.factor, param._version)
+        torch.clear_autocast_cache()
+
+    @torch.no_grad()
+    def _move_back(self) -> None:
+        weights = [moved.weight for moved in self._moved.values()]
+        _tensors.copy_(list(self._moved), weights, foreach=self.foreach)
+        torch.clear_autocast_cache()
+
+    @torch.no_grad()
+    def _adopt(self) -> None:
+        """Take parameters that were written from outside for clean weights and move them out, unless they are out."""
+        written = [] if self._inside else [p for p, moved in self._moved.items() if p._version != moved.version]
+        for param in written:
+            weight, factor, _ = self._moved[param]
+            momentum = _momentum(self.state[param])
+            if momentum is not None and not param.equal(weight.clone().add_(momentum, alpha=-factor)):
+                weight.copy_(param)
+                param.add_(momentum, alpha=-factor)
+            self._moved[param] = _MovedOut(weight, factor, param._version)
+
+
+def _momentum(state: dict[str, Any]) -> Tensor | None:
+    return next((state[name] for name in _MOMENTA if isinstance(state.get(name), Tensor)), None)

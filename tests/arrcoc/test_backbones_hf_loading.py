@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny_hf
 from arrcoc.backbones import load_backbone
+from arrcoc.backbones.hf import load_hf
 
 
 @pytest.fixture
@@ -29,6 +30,7 @@ def test_a_folder_brings_weights_statistics_and_tokenizer(kind: str, nested: boo
     backbone = load_backbone(f"hf:{folder}")
     assert torch.equal(torch.get_rng_state(), state)
     assert backbone.spec == f"hf:{folder}" and backbone.dtype == torch.float32
+    assert load_hf(folder, spec="mine").dtype == torch.float32
     assert (backbone.mean, backbone.std) == (
         tuple(tiny_hf.STATISTICS["image_mean"]),
         tuple(tiny_hf.STATISTICS["image_std"]),
@@ -96,12 +98,14 @@ def test_incomplete_weights_are_refused(folder: Path) -> None:
     weights = load_file(file)
     kept = {name: value for name, value in weights.items() if "vision_model.encoder.layers.2.mlp" not in name}
     save_file(kept, file, metadata={"format": "pt"})
+    state = torch.get_rng_state()
     with pytest.raises(
         ValueError,
         match=r"cannot load the weights of 'hf:.*': '.*' lacks vision_model\.encoder\.layers\.2\.mlp\.fc1\.bias, "
         r".*, .* and 1 more; a model with random weights is of no use\.",
     ):
         load_backbone(f"hf:{folder}")
+    assert torch.equal(torch.get_rng_state(), state)  # what transformers drew for the missing ones
     save_file(weights | {"logit_scale": torch.ones(3)}, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"has other shapes for logit_scale; a model with random weights is of no use"):
         load_backbone(f"hf:{folder}")

@@ -1,4 +1,7 @@
-"""Tiny random open_clip models in folders, loaded by the tests like real ones."""
+"""Tiny random open_clip models in folders, loaded by the tests like real ones.
+
+open_clip knows a timm model by its name alone, so tiny SigLIP, PE-Core and EVA-CLIP towers are made known to timm here.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,9 @@ from typing import Any
 import open_clip
 import torch
 from safetensors.torch import save_file
+from timm.models import register_model
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 
@@ -44,10 +50,77 @@ CONVOLUTION = {
 }
 
 
+def timm_tower(name: str, pool: str, proj: str | None = None) -> dict[str, Any]:
+    """Configuration of a model with a timm image tower."""
+    vision = {"timm_model_name": name, "timm_pool": pool, "timm_proj": proj, "image_size": 32}
+    return {"embed_dim": 24, "custom_text": True, "vision_cfg": vision, "text_cfg": CONVOLUTION["text_cfg"]}
+
+
+def _tiny(kind: type[nn.Module], given: dict[str, Any], **own: Any) -> nn.Module:
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    asked = {name: given[name] for name in ("num_classes", "global_pool") if name in given}
+    return kind(**{**size, **own, **asked})
+
+
+@register_model
+def tiny_siglip(pretrained: bool = False, **given: Any) -> nn.Module:
+    """As SigLIP and SigLIP 2: no class token, pooled by a map head."""
+    return _tiny(VisionTransformer, given, class_token=False, global_pool="map")
+
+
+@register_model
+def tiny_pe_core(pretrained: bool = False, **given: Any) -> nn.Module:
+    """As PE-Core: positions are added and rotated, pooled by a map head over all tokens, then projected."""
+    rotation = {"use_rot_pos_emb": True, "ref_feat_shape": (4, 4), "rope_grid_offset": 1.0, "rope_grid_indexing": "xy"}
+    own = {"attn_type": "rope", "use_pre_transformer_norm": True, "attn_pool_num_heads": 4, **rotation}
+    return _tiny(Eva, given, global_pool="map", **own)
+
+
+@register_model
+def tiny_eva01(pretrained: bool = False, **given: Any) -> nn.Module:
+    """As EVA01: queries and values have biases and keys have none."""
+    return _tiny(Eva, given, global_pool="token", init_values=0.5)
+
+
+@register_model
+def tiny_eva02(pretrained: bool = False, **given: Any) -> nn.Module:
+    """As EVA02: separate projections, norms inside attention and MLP, rotated positions."""
+    own = {"qkv_fused": False, "swiglu_mlp": True, "scale_mlp": True, "scale_attn_inner": True}
+    return _tiny(Eva, given, global_pool="token", use_rot_pos_emb=True, ref_feat_shape=(6, 6), **own)
+
+
+@register_model
+def tiny_eva02_post_norm(pretrained: bool = False, **given: Any) -> nn.Module:
+    """As EVA02-E: the norms come after attention and MLP."""
+    return _tiny(Eva, given, global_pool="token", use_post_norm=True)
+
+
+@register_model
+def tiny_average(pretrained: bool = False, **given: Any) -> nn.Module:
+    """A plain mean behind the norm, queries and keys normalised, position-free prefix."""
+    own = {"qk_norm": True, "fc_norm": False, "no_embed_class": True, "reg_tokens": 2, "init_values": 0.5}
+    return _tiny(VisionTransformer, given, global_pool="avg", class_token=False, **own)
+
+
+COCA = {
+    "embed_dim": 24,
+    "custom_text": True,
+    "vision_cfg": {**VIT["vision_cfg"], "attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True},
+    "text_cfg": {**CONVOLUTION["text_cfg"], "pool_type": "argmax", "embed_cls": True, "output_tokens": True},
+    "multimodal_cfg": {"context_length": 8, "vocab_size": len(WORDS), "width": 24, "heads": 2, "layers": 1},
+}
+SIGLIP = timm_tower("tiny_siglip", "map", "none")
+PE_CORE = timm_tower("tiny_pe_core", "map")
+EVA01, EVA02 = timm_tower("tiny_eva01", "token"), timm_tower("tiny_eva02", "token")
+TIMM_CLASS_TOKEN = timm_tower("test_vit", "token")
+TIMM_AVERAGE, TIMM_PLAIN_AVERAGE = timm_tower("test_vit2", "avg", "linear"), timm_tower("tiny_average", "avg")
+
+
 def build_model(config: dict[str, Any], seed: int = 0) -> nn.Module:
-    """A random open_clip model whose normalisation layers do something, in eval mode."""
+    """A random open_clip model whose normalisation layers and learned queries do something, in eval mode."""
     config = json.loads(json.dumps(config))
     kind = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
+    kind = open_clip.CoCa if "multimodal_cfg" in config else kind
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: nn.Module = kind(**config)
@@ -55,6 +128,11 @@ def build_model(config: dict[str, Any], seed: int = 0) -> nn.Module:
             if isinstance(module, nn.BatchNorm2d):
                 module.running_mean.normal_(0, 0.1)
                 module.running_var.uniform_(0.5, 1.5)
+        if "multimodal_cfg" in config:
+            nn.init.normal_(model.text_decoder.text_projection)  # open_clip leaves it as the memory was
+        for name, parameter in model.named_parameters():
+            if "timm_model_name" in config["vision_cfg"] and name.startswith("visual.") and parameter.ndim < 4:
+                nn.init.normal_(parameter, parameter.mean().item(), 0.2)
     return model.eval()
 
 

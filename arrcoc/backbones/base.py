@@ -238,7 +238,7 @@ class Backbone(nn.Module, ABC):
             ValueError: if num_blocks does not fit, or the tower cannot be trained in parts.
         """
         tower = self._require_tower()
-        if not 1 <= num_blocks <= tower.num_blocks:
+        if not 1 <= num_blocks <= max(1, tower.num_blocks):
             raise ValueError(f"num_blocks must be in 1..{tower.num_blocks}, got {num_blocks!r}.")
         self.fingerprint()
         shared = [value for name, value in vars(self).items() if not name.startswith("_") and name != "tower"]
@@ -310,9 +310,7 @@ class Backbone(nn.Module, ABC):
 
     def _require_tower(self) -> Tower:
         if self.tower is None:
-            raise ValueError(
-                f"backbone {self.spec!r} has no tower in parts: it cannot be trained or read block by block."
-            )
+            raise ValueError(f"backbone {self.spec!r} has no tower that can be run in parts.")
         return self.tower
 
     def _normalise(self, images: Tensor) -> Tensor:

@@ -73,6 +73,14 @@ class ConvolutionalTower(Tower):
         frozen = {id(parameter) for part in kept for parameter in part.parameters()}
         return [parameter for parameter in self.visual.parameters() if id(parameter) not in frozen]
 
+    def _check_num_last(self, num_last: int) -> None:
+        if num_last and not self.num_blocks:
+            raise ValueError(
+                f"image tower timm {type(self.trunk).__name__} cannot be trained in parts: its stages are not known "
+                "here; those of EfficientNet, ConvNeXt and FastVit are."
+            )
+        super()._check_num_last(num_last)
+
     def _parts(self) -> tuple[Sequence[nn.Module], Sequence[nn.Module], Sequence[nn.Module]]:
         """What the trunk's forward_features runs, in order; nothing for a trunk whose parts are not known here."""
         trunk = self.trunk

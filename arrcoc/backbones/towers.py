@@ -49,7 +49,11 @@ class Tower(ABC):
 
     @abstractmethod
     def last_parameters(self, num_last: int) -> list[nn.Parameter]:
-        """Parameters of the last blocks and of all that follows them: what fine-tuning trains."""
+        """Parameters of the last blocks and of all that follows them: what fine-tuning trains.
+
+        Raises:
+            ValueError: if the tower has fewer blocks, or cannot be run in parts.
+        """
 
     def grid_of(self, pixels: Tensor) -> tuple[int, int]:
         """(height, width) in tokens of pixels [B, 3, H, W]."""

@@ -5,6 +5,9 @@ A new kind of backbone is one more line in CASES.
 
 from __future__ import annotations
 
+import copy
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,42 +21,50 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arrcoc.backbones import Backbone, load_backbone
-from tiny_open_clip import CONVOLUTION, STATISTICS, VIT, write_folder
+from arrcoc.backbones.dense import MODES
+from tiny_open_clip import COCA, CONVOLUTION, PE_CORE, SIGLIP, STATISTICS, TIMM_PLAIN_AVERAGE, VIT, write_folder
 
 
 def open_clip_embedding(backbone: Backbone, pixels: Tensor) -> Tensor:
-    """What open_clip itself gives for normalised pixels."""
+    """What open_clip itself gives for normalised pixels; CoCa's tower gives its tokens as well."""
     model: Any = backbone.model
-    embedding: Tensor = model.encode_image(pixels)
-    return embedding
+    embedding = model.visual(pixels)
+    return embedding[0] if isinstance(embedding, tuple) else embedding
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A kind of backbone: how it is made, and what the wrapped model says of an image at its native size."""
+    """A kind of backbone: how it is made, and what the wrapped model says of an image at its native size.
+
+    orientation is that of mode raw; default_mode that of ``mode=None``; modes all that it offers.
+    """
 
     name: str
     spec: Callable[[Path], str]
     embedding: Callable[[Backbone, Tensor], Tensor]
     native_size: tuple[int, int]
     orientation: int
+    default_mode: str = "raw"
+    modes: tuple[str, ...] = tuple(MODES)
+
+
+def open_clip_case(name: str, config: dict[str, Any], orientation: int = 1, **other: Any) -> Case:
+    return Case(
+        name=f"open_clip {name}",
+        spec=lambda folder: f"open_clip:local-dir:{write_folder(folder, config)}",
+        embedding=open_clip_embedding,
+        orientation=orientation,
+        **{"native_size": (32, 32), **other},
+    )
 
 
 CASES = [
-    Case(
-        name="open_clip transformer",
-        spec=lambda folder: f"open_clip:local-dir:{write_folder(folder, VIT)}",
-        embedding=open_clip_embedding,
-        native_size=(32, 32),
-        orientation=-1,
-    ),
-    Case(
-        name="open_clip convolution",
-        spec=lambda folder: f"open_clip:local-dir:{write_folder(folder, CONVOLUTION)}",
-        embedding=open_clip_embedding,
-        native_size=(64, 64),
-        orientation=1,
-    ),
+    open_clip_case("transformer", VIT, -1, default_mode="clearclip"),
+    open_clip_case("coca", COCA),
+    open_clip_case("siglip", SIGLIP),
+    open_clip_case("pe-core", PE_CORE),
+    open_clip_case("average", TIMM_PLAIN_AVERAGE),
+    open_clip_case("convolution", CONVOLUTION, native_size=(64, 64), modes=("raw",)),
 ]
 
 
@@ -109,14 +120,170 @@ def test_a_picture_does_not_depend_on_its_batch(backbone: Backbone) -> None:
 
 def test_patches_have_unit_norm_where_it_is_declared(backbone: Backbone) -> None:
     tokens = backbone(images_for(backbone, 3, 5))
+    assert backbone.normalize_patches or (backbone.mode, backbone.orientation) == ("raw", 1)
     if backbone.normalize_patches:
         torch.testing.assert_close(tokens.patches.norm(dim=-1), torch.ones(2, 15))
     else:
         torch.testing.assert_close(tokens.patches.mean(1), tokens.pooled, atol=1e-5, rtol=1e-5)
 
 
-def test_orientation_is_declared(case: Case, backbone: Backbone) -> None:
-    assert backbone.orientation == case.orientation
+def test_modes_and_their_orientation_are_declared(case: Case, spec: str, backbone: Backbone) -> None:
+    assert backbone.mode == case.default_mode and backbone.modes == case.modes
+    for mode in case.modes:
+        read = load_backbone(spec, mode=mode)
+        assert (read.mode, read.spec) == (mode, spec) and read.modes == case.modes
+        assert read.orientation == (case.orientation if mode == "raw" else 1)
+        assert read.fingerprint() == backbone.fingerprint()
+
+
+def test_every_mode_gives_tokens_of_its_own_and_the_same_embedding(case: Case, spec: str) -> None:
+    images = torch.rand(2, 3, *case.native_size, generator=torch.Generator().manual_seed(3))
+    raw = load_backbone(spec, mode="raw")(images)
+    seen = [F.normalize(raw.patches, dim=-1)]
+    for mode in case.modes[1:]:
+        backbone = load_backbone(spec, mode=mode)
+        tokens = backbone(images)
+        assert backbone.normalize_patches and tokens.grid == raw.grid
+        torch.testing.assert_close(tokens.patches.norm(dim=-1), torch.ones(raw.patches.shape[:2]))
+        torch.testing.assert_close(tokens.pooled, raw.pooled, atol=1e-5, rtol=1e-5)
+        assert min((tokens.patches - other).norm() for other in seen) > 1e-3
+        seen.append(tokens.patches)
+
+
+def test_the_text_origin_is_that_of_mode_surgery_alone(case: Case, spec: str, backbone: Backbone) -> None:
+    assert backbone.text_origin is None
+    if "surgery" in case.modes:
+        surgery = load_backbone(spec, mode="surgery")
+        torch.testing.assert_close(surgery.text_origin, backbone.encode_text([""])[0])
+        assert surgery.text_origin is surgery.text_origin  # computed once
+        assert surgery.to(torch.float64).text_origin.dtype == torch.float64
+
+
+def test_pictures_of_many_sizes_at_once(backbone: Backbone) -> None:
+    grids = [(2, 3), (3, 2), (2, 3), (1, 1), (3, 2)]
+    images = [images_for(backbone, *grid, batch=1)[0] * (0.5 + number / 10) for number, grid in enumerate(grids)]
+    passes = []
+    hook = backbone.register_forward_hook(lambda module, given, made: passes.append(len(made)))
+    together = backbone.encode_batch(images)
+    hook.remove()
+    assert sorted(passes) == [1, 2, 2]
+    for image, grid, tokens in zip(images, grids, together, strict=True):
+        alone = backbone(image[None])
+        assert tokens.grid == grid and len(tokens) == 1
+        torch.testing.assert_close(tokens.patches, alone.patches, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(tokens.pooled, alone.pooled, atol=1e-5, rtol=1e-5)
+
+
+def test_batches_that_are_refused(backbone: Backbone) -> None:
+    good = images_for(backbone, 2, 2)[0]
+    with pytest.raises(ValueError, match=r"images must hold at least one tensor \[3, H, W\], got \[\]\."):
+        backbone.encode_batch([])
+    with pytest.raises(ValueError, match=r"images\[1\] must be a tensor \[3, H, W\], got \[1, 3, "):
+        backbone.encode_batch([good, good[None]])
+    with pytest.raises(ValueError, match=r"images\[0\] must be a tensor \[3, H, W\], got ndarray\."):
+        backbone.encode_batch([good.numpy()])
+
+
+# ---- fine-tuning
+
+
+def test_features_and_finish_are_the_forward(backbone: Backbone) -> None:
+    images = images_for(backbone, 3, 2)
+    features, grid = backbone.encode_features(images)
+    tokens, expected = backbone.finish(features, grid), backbone(images)
+    assert grid == tokens.grid == (3, 2) and len(features) == 2
+    assert not features.requires_grad and not tokens.patches.requires_grad
+    assert torch.equal(tokens.patches, expected.patches) and torch.equal(tokens.pooled, expected.pooled)
+
+
+def test_a_trainable_copy_owns_its_last_blocks_and_shares_the_rest(backbone: Backbone) -> None:
+    flags = {name: parameter.requires_grad for name, parameter in backbone.model.named_parameters()}
+    weights = copy.deepcopy(backbone.model.state_dict())
+    images = images_for(backbone, 2, 3)
+    before = backbone(images)
+    twin = backbone.trainable_copy(1)
+    assert twin.fingerprint() == backbone.fingerprint() and twin.spec == backbone.spec and not twin.training
+    own = twin.trained_state_dict()
+    mine = dict(backbone.model.named_parameters())
+    for name, parameter in twin.model.named_parameters():
+        assert parameter.requires_grad == (name in own), name
+        assert (parameter.data_ptr() == mine[name].data_ptr()) == (name not in own), name
+    assert 0 < len(own) < len(mine) and backbone.trained_state_dict() == {}
+
+    tokens = twin(images)
+    torch.testing.assert_close(tokens.patches, before.patches, atol=1e-6, rtol=1e-5)
+    with torch.no_grad():
+        assert not twin(images).patches.requires_grad
+    (tokens.patches.square() * torch.linspace(-1, 1, tokens.patches.shape[-1])).sum().backward()
+    moved = [name for name, parameter in twin.model.named_parameters() if parameter.grad is not None]
+    assert moved and set(moved) <= set(own)
+    torch.optim.SGD([p for p in twin.parameters() if p.requires_grad], lr=0.5).step()
+    assert (twin(images).patches - before.patches).norm() > 1e-4
+    assert not any(module.training for module in twin.modules())
+
+    assert torch.equal(backbone(images).patches, before.patches)
+    assert flags == {name: parameter.requires_grad for name, parameter in backbone.model.named_parameters()}
+    assert all(torch.equal(value, weights[name]) for name, value in backbone.model.state_dict().items())
+    again = backbone.trainable_copy(1)
+    again.load_trained(twin.trained_state_dict())
+    assert torch.equal(again(images).patches, twin(images).patches)
+    with pytest.raises(ValueError, match=r"state must hold exactly the \d+ trained tensors of this copy, differs in '"):
+        again.load_trained({name: own[name] for name in list(own)[1:]})
+    with pytest.raises(ValueError, match=r"must have shape \[.*\], got \[99\]\."):
+        again.load_trained({**own, next(iter(own)): torch.zeros(99)})
+
+
+def test_moving_a_trainable_copy_leaves_the_original_where_it_is(backbone: Backbone) -> None:
+    twin = backbone.trainable_copy(1).to(torch.float64)
+    assert {parameter.dtype for parameter in backbone.parameters()} == {torch.float32}
+    assert twin(images_for(backbone, 2, 2)).patches.dtype == torch.float64
+
+
+def test_counts_of_blocks_that_are_refused(backbone: Backbone) -> None:
+    for count in (0, -1, 99):
+        with pytest.raises(ValueError, match=rf"num_blocks must be in 1\.\.\d+, got {count}\."):
+            backbone.trainable_copy(count)
+
+
+# ---- compilation and half precision
+
+
+def compiled_equals_eager(spec: str, mode: str | None, backend: str = "aot_eager") -> None:
+    backbone = load_backbone(spec, mode=mode)
+    torch.compiler.reset()
+    compiled = torch.compile(backbone, backend=backend, fullgraph=True)
+    images = images_for(backbone, 2, 3)
+    tokens, expected = compiled(images), backbone(images)
+    torch.testing.assert_close(tokens.patches, expected.patches, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(tokens.pooled, expected.pooled, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("config", [VIT, CONVOLUTION], ids=["transformer", "convolution"])
+def test_a_compiled_backbone_gives_equal_tokens_in_one_graph(config: dict[str, Any], tmp_path: Path) -> None:
+    compiled_equals_eager(f"open_clip:local-dir:{write_folder(tmp_path, config)}", None)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler, and there is none")
+def test_a_backbone_compiled_by_inductor_gives_equal_tokens(spec: str) -> None:
+    compiled_equals_eager(spec, None, "inductor")
+
+
+@pytest.mark.slow
+def test_every_mode_compiles(case: Case, spec: str) -> None:
+    for mode in case.modes:
+        compiled_equals_eager(spec, mode)
+
+
+def test_half_precision_is_close_in_every_mode(case: Case, spec: str) -> None:
+    """Cosine of at least .99 with the tokens of float32: bfloat16 keeps 8 bits."""
+    for mode in case.modes:
+        backbone, half = load_backbone(spec, mode=mode), load_backbone(spec, mode=mode, dtype=torch.bfloat16)
+        images = images_for(backbone, 3, 4)
+        tokens, expected = half(images), backbone(images)
+        assert tokens.patches.dtype == torch.float32
+        assert F.cosine_similarity(tokens.patches, expected.patches, dim=-1).min() > 0.99, mode
+        assert F.cosine_similarity(tokens.pooled, expected.pooled, dim=-1).min() > 0.99, mode
 
 
 def test_text_embeddings_have_unit_norm_and_follow_their_text(backbone: Backbone) -> None:
@@ -247,8 +414,8 @@ def test_loading_keeps_the_random_stream_and_the_spec(spec: str) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_mode_and_dtype_that_are_refused(spec: str) -> None:
-    with pytest.raises(ValueError, match=r"mode must be one of \('raw',\) or None, got 'rwa'\."):
+def test_mode_and_dtype_that_are_refused(case: Case, spec: str) -> None:
+    with pytest.raises(ValueError, match=rf"mode must be one of {re.escape(str(case.modes))} or None, got 'rwa'\."):
         load_backbone(spec, mode="rwa")
     with pytest.raises(ValueError, match=r"dtype must be a floating point type, got torch\.int8\."):
         load_backbone(spec, dtype=torch.int8)
@@ -269,7 +436,6 @@ def test_embedded_is_the_shipped_folder(spec: str, backbone: Backbone, monkeypat
         ("open_clip:", r"backbone must be 'embedded', 'open_clip:NAME/TAG'"),
         ("", r"backbone must be 'embedded'"),
         (None, r"backbone must be 'embedded', .* got None\."),
-        ("hf:openai/clip-vit-base-patch16", r"'hf:' backbones are not available in this version, got 'hf:openai/clip"),
     ],
 )
 def test_specs_that_are_refused(bad: Any, message: str) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from arrcoc.backbones import OpenClipBackbone, load_backbone
 from arrcoc.backbones.open_clip_towers import check_config
-from tiny_open_clip import CONVOLUTION, VIT, build_model, write_folder
+from tiny_open_clip import CONVOLUTION, VIT, build_model, timm_tower, write_folder
 
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
@@ -34,8 +34,8 @@ def tokenize(texts: list[str]) -> Tensor:
     return torch.tensor([[len(text) % 10, 3, 0, 0, 0, 0, 0, 0] for text in texts])
 
 
-def wrap(config: dict[str, Any]) -> OpenClipBackbone:
-    return OpenClipBackbone(build_model(config), tokenize, spec="test", **PLAIN)
+def wrap(config: dict[str, Any], mode: str | None = None) -> OpenClipBackbone:
+    return OpenClipBackbone(build_model(config), tokenize, spec="test", mode=mode, **PLAIN)
 
 
 def random_images(height: int, width: int) -> Tensor:
@@ -62,11 +62,13 @@ def patches_by_open_clip(model: Any, pixels: Tensor) -> Tensor:
         ({"final_ln_after_pool": True}, -1, True),
         ({"pool_type": "avg"}, 1, False),
         ({"pool_type": "avg", "final_ln_after_pool": True}, 1, True),
+        ({"qk_norm": True, "scale_heads": True, "scale_attn_inner": True}, -1, True),
+        ({"scale_attn": True, "scale_fc": True, "ls_init_value": 0.1}, -1, True),
     ],
     ids=str,
 )
 def test_transformer_equals_open_clip(vision: dict[str, Any], orientation: int, normalized: bool) -> None:
-    backbone = wrap(varied(VIT, **vision))
+    backbone = wrap(varied(VIT, **vision), mode="raw")
     images = random_images(32, 32)
     tokens = backbone(images)
     patches = patches_by_open_clip(backbone.model, images)
@@ -81,7 +83,7 @@ def test_transformer_equals_open_clip(vision: dict[str, Any], orientation: int, 
 @pytest.mark.parametrize("size", [(64, 64), (16, 48), (40, 24), (8, 8)])
 def test_transformer_at_other_sizes_equals_open_clip_built_for_them(tmp_path: Path, size: tuple[int, int]) -> None:
     folder = write_folder(tmp_path, VIT)
-    backbone = load_backbone(f"open_clip:local-dir:{folder}")
+    backbone = load_backbone(f"open_clip:local-dir:{folder}", mode="raw")
     resized = open_clip.create_model(f"local-dir:{folder}", force_image_size=size).eval()
     images = random_images(*size)
     pixels = (images - torch.tensor(backbone.mean)[:, None, None]) / torch.tensor(backbone.std)[:, None, None]
@@ -94,7 +96,7 @@ def test_transformer_at_other_sizes_equals_open_clip_built_for_them(tmp_path: Pa
 
 
 def test_transformer_native_grid_and_patches_need_not_be_square() -> None:
-    backbone = wrap(varied(VIT, image_size=[32, 48], patch_size=[8, 16]))
+    backbone = wrap(varied(VIT, image_size=[32, 48], patch_size=[8, 16]), mode="raw")
     images = random_images(32, 48)
     assert backbone.stride == (8, 16) and backbone.tokens_per_side == 4
     assert backbone(images).grid == (4, 3)
@@ -151,36 +153,42 @@ def test_a_tokenizer_of_another_model_is_refused() -> None:
     ("config", "message"),
     [
         (
-            varied(VIT, attentional_pool=True, attn_pooler_heads=2),
-            "VisionTransformer with attention pooling is not supp",
+            varied(VIT, attentional_pool="parallel", attn_pooler_heads=2, width=24, head_width=12),
+            "VisionTransformer with attentional pooling 'parallel' is not supported. Towers that work:",
         ),
+        (varied(VIT, scaled_cosine_attn=True), "VisionTransformer with scaled_cosine_attn is not supported"),
+        (varied(VIT, pool_type="none"), "VisionTransformer with pool_type 'none' is not supported"),
         (
             varied(VIT, layers=[1, 1, 1, 1], width=8, image_size=64),
             "ModifiedResNet is not supported. Towers that work:",
         ),
-        (varied(CONVOLUTION, timm_model_name="test_vit", timm_pool="token"), "timm VisionTransformer is not supported"),
-        (
-            varied(CONVOLUTION, timm_model_name="test_vit", timm_pool="map", timm_proj="none"),
-            "timm VisionTransformer is not supported",
-        ),
+        (timm_tower("test_vit2", "max"), "timm VisionTransformer is not supported: it pools by 'max'. Towers that w"),
+        (timm_tower("test_vit_relpos", "avg"), "timm VisionTransformerRelPos is not supported: it is not a convolut"),
+        (timm_tower("tiny_eva02_post_norm", "token"), "timm Eva is not supported: its blocks are EvaBlockPostNorm"),
         (varied(CONVOLUTION, timm_pool="max"), "not a convolutional tower with average pooling"),
         (varied(CONVOLUTION, timm_model_name="resnet10t", timm_pool="abs_attn"), "timm ResNet is not supported"),
     ],
-    ids=["attention pooling", "resnet", "class token", "map", "maximum", "abs_attn"],
+    ids=["parallel", "cosine", "none", "resnet", "max", "relpos", "post norm", "maximum", "abs_attn"],
 )
 def test_towers_that_are_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         wrap(config)
 
 
-@pytest.mark.parametrize("rest", ["ViT-B-16-SigLIP/webli", "RN50/openai", "coca_ViT-B-32/laion2b_s13b_b90k"])
+@pytest.mark.parametrize("rest", ["EVA02-E-14/laion2b_s4b_b115k", "RN50/openai", "ViTamin-B/datacomp1b"])
 def test_towers_are_refused_before_their_weights_are_fetched(rest: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(open_clip, "download_pretrained", lambda _: pytest.fail("asked for the weights"))
     with pytest.raises(ValueError, match=rf"image tower of '{rest.partition('/')[0]}' is not supported. Towers that w"):
         load_backbone(f"open_clip:{rest}")
 
 
-@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-L-14-CLIPA", "roberta-ViT-B-32", "convnext_base_w", "MobileCLIP-S1"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ViT-B-32", "ViT-L-14-CLIPA", "roberta-ViT-B-32", "convnext_base_w", "MobileCLIP-S1", "ViT-B-16-SigLIP2",
+        "ViT-SO400M-14-SigLIP-384", "coca_ViT-L-14", "EVA01-g-14", "EVA02-L-14-336", "PE-Core-B-16", "MobileCLIP2-L-14",
+    ],
+)  # fmt: skip
 def test_supported_architectures_are_not_refused_early(name: str) -> None:
     check_config(name, open_clip.get_model_config(name)["vision_cfg"])
 

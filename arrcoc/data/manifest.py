@@ -132,7 +132,7 @@ class ManifestRecords(Sequence[Record]):
                     try:
                         image = self._parse(line, number)[0]["image"]
                     except ItemError as error:
-                        skips.add_broken(f"line {number}", error)
+                        skips.add_broken(self._name(number), error)
                     else:
                         owners.append(numbers.setdefault(image, len(numbers)))
                         offsets.append(offset)
@@ -162,12 +162,12 @@ class ManifestRecords(Sequence[Record]):
                 entry, more = self._parse(file.readline(), self._lines[place])
                 if name not in (None, entry.get("name", name)):
                     message = f'"name" must be the same on all lines of {entry["image"]!r}, got {entry["name"]!r}.'
-                    raise ItemError(message, reason="bad value", name=f"line {self._lines[place]}")
+                    raise ItemError(message, reason="bad value", name=self._name(self._lines[place]))
                 name = entry.get("name", name)
                 try:
                     add_queries(queries, more)
                 except ItemError as error:
-                    error.name = f"line {self._lines[place]}"
+                    error.name = self._name(self._lines[place])
                     raise
         return Record(name=name or entry["image"], image=self.path.parent / entry["image"], queries=queries)
 
@@ -186,6 +186,9 @@ class ManifestRecords(Sequence[Record]):
             if not isinstance(value, str) or not value:
                 raise ItemError(f'"{key}" must be a text that is not empty, got {value!r}.', reason="bad value")
         return entry, parse_queries(entry, self._open_mask)
+
+    def _name(self, line: int) -> str:
+        return f"{self.path.name}, line {line}"
 
     def _open_mask(self, value: object) -> Path:
         if not isinstance(value, str) or not value:

@@ -140,7 +140,7 @@ def segmentation_rings(segmentation: object) -> list[NDArray[np.float64]]:
         if not isinstance(polygon, list | array) or len(polygon) < 6 or len(polygon) % 2:
             raise ValueError(f"a polygon must be [x, y, x, y, ...] with at least 3 points, got {polygon!r}.")
         try:
-            ring = np.array(polygon, dtype=np.float64).reshape(-1, 2)
+            ring = np.array(polygon).astype(np.float64, casting="same_kind").reshape(-1, 2)
         except (TypeError, ValueError):
             raise ValueError(f"a polygon's coordinates must be numbers, got {polygon!r}.") from None
         if not np.isfinite(ring).all():

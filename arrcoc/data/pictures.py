@@ -77,5 +77,5 @@ def decode_picture(source: PictureSource) -> Image.Image:
         picture.load()
         if ExifTags.Base.Orientation in picture.getexif():
             picture = picture.copy()
-            del picture.getexif()[ExifTags.Base.Orientation]
+            picture.getexif().pop(ExifTags.Base.Orientation, None)
         return load_image(picture)

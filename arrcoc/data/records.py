@@ -24,7 +24,7 @@ from arrcoc.data.splits import hash_fraction
 from arrcoc.images import to_tensor
 
 # Absent queries of a picture are drawn from at most this many names, so that a data set of free texts stays fast.
-MOST_NAMES = 1000
+MOST_NAMES = 256
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)

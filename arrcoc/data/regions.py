@@ -108,14 +108,6 @@ def count_pixels(regions: Sequence[Region], height: int, width: int) -> list[tup
     return [(int(own.max()), min(int(own.sum()), height * width)) for own in parts]
 
 
-def unite(regions: Sequence[Region], height: int, width: int) -> Mask:
-    """The union of regions as a bool array [height, width]; all False for none."""
-    mask = np.zeros((height, width), dtype=np.bool_)
-    for region in regions:
-        mask |= region.decode(height, width)
-    return mask
-
-
 def _box_edges(boxes: object, height: int, width: int) -> NDArray[np.int64]:
     """First and last row and column of each box, [B, 4] as (top, bottom, left, right), the last ones excluded."""
     if not isinstance(boxes, list) or not boxes:

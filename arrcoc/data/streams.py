@@ -31,7 +31,7 @@ class RecordStream(Iterable[RelevanceSample]):
     Args:
         read: opens the data set.
         selection: which pictures, and which of their queries. ``limit`` counts in each part by itself.
-        vocabulary: names that absent queries are drawn from; None for the first 1,000 texts seen in each pass, so that
+        vocabulary: names that absent queries are drawn from; None for the first 256 texts seen in each pass, so that
             the first pictures get fewer.
         shuffle: size of the buffer in which records, not yet decoded, are shuffled; 0 keeps the order.
         seed: the order depends on (seed, epoch) alone.

@@ -1,4 +1,4 @@
-"""COCO folders: decoding against pycocotools, queries and masks, and an answer to everything that can be broken."""
+"""COCO folders: queries and masks, and an answer to everything that can be broken."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pycocotools import mask as pycoco
 
 from arrcoc.data.coco import CocoFolder
 from arrcoc.data.coco_records import mentions
-from arrcoc.data.masks import decode_run_lengths, decode_segmentation, fill_polygons, uncompress_counts
 from arrcoc.data.splits import split_by_image
 
 HEIGHT, WIDTH = 40, 60
@@ -66,74 +64,6 @@ def expected_masks() -> dict[str, torch.Tensor]:
     masks["cat"][30:, 40:] = True
     masks["bus"][10:30, 10:50] = True
     return masks
-
-
-# Decoding
-
-
-@pytest.mark.parametrize("density", [0.0, 0.02, 0.5, 0.97, 1.0])
-@pytest.mark.parametrize("size", [(1, 1), (13, 29), (64, 200)])
-def test_run_lengths_are_those_of_pycocotools(size: tuple[int, int], density: float) -> None:
-    mask = np.random.default_rng(0).random(size) < density
-    encoded = pycoco.encode(np.asfortranarray(mask.astype(np.uint8)))
-    text = encoded["counts"].decode()
-    np.testing.assert_array_equal(decode_run_lengths(text, *size), mask)
-    np.testing.assert_array_equal(decode_run_lengths(uncompress_counts(text), *size), mask)
-    assert pycoco.frPyObjects({"size": list(size), "counts": uncompress_counts(text)}, *size) == encoded
-
-
-def test_long_run_lengths() -> None:
-    mask = np.zeros((1500, 2000), dtype=bool)
-    mask[:, 1:900] = True
-    mask[700:, 1950] = True
-    text = pycoco.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
-    np.testing.assert_array_equal(decode_run_lengths(text, 1500, 2000), mask)
-
-
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside pycocotools
-@pytest.mark.parametrize("seed", range(5))
-def test_polygons_agree_with_pycocotools(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    angles = np.sort(rng.uniform(0, 2 * np.pi, 15))
-    radii = rng.uniform(40, 90, 15)
-    polygon = np.stack([100 + radii * np.cos(angles), 110 + radii * np.sin(angles)], axis=1).ravel().tolist()
-    island = [1.5, 2.5, 31.0, 5.0, 20.0, 33.0]
-    ours = decode_segmentation([polygon, island], 220, 200)
-    theirs = pycoco.decode(pycoco.merge(pycoco.frPyObjects([polygon, island], 220, 200))).astype(bool)
-    assert (ours & theirs).sum() / (ours | theirs).sum() > 0.97
-
-
-def test_polygons_are_cut_at_the_border() -> None:
-    triangle = np.array([[-50.0, -50.0], [200.0, 10.0], [10.0, 200.0]])
-    whole = fill_polygons([triangle + 50], 300, 300)
-    np.testing.assert_array_equal(fill_polygons([triangle], 40, 60), whole[50:90, 50:110])
-    assert not fill_polygons([triangle + 500], 40, 60).any()
-
-
-def test_pixel_centres_decide() -> None:
-    mask = fill_polygons([np.array([[0.6, 0.4], [2.4, 0.4], [2.4, 1.6], [0.6, 1.6]])], 3, 4)
-    np.testing.assert_array_equal(mask, [[0, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]])
-
-
-@pytest.mark.parametrize(
-    ("segmentation", "message"),
-    [
-        ([], r"segmentation must be polygons or run lengths, got \[\]"),
-        (None, r"segmentation must be polygons or run lengths, got None"),
-        ([[1, 2, 3, 4]], r"a polygon must be .* at least 3 points, got \[1, 2, 3, 4\]"),
-        ([[1, 2, 3, 4, 5, 6, 7]], r"a polygon must be"),
-        ([[1, 2, 3, float("nan"), 5, 6]], r"a polygon's coordinates must be finite"),
-        ({"size": [4, 6], "counts": [20, 5]}, r"run lengths must be >= 0 and sum to 4 \* 6 = 24, got 25"),
-        ({"size": [4, 6], "counts": [30, -6]}, r"run lengths must be >= 0 and sum"),
-        ({"size": [6, 4], "counts": [24]}, r"run-length size must be \[4, 6\], as the picture, got \[6, 4\]"),
-        ({"size": [4, 6]}, r"run-length counts must be a list or a string, got None"),
-        ({"size": [4, 6], "counts": "0!"}, r"run-length string has the character '!', outside '0' to 'o'"),
-        ({"size": [4, 6], "counts": "P"}, r"run-length string ends inside a number"),
-    ],
-)
-def test_broken_segmentations(segmentation: object, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        decode_segmentation(segmentation, 4, 6)
 
 
 # Queries and masks

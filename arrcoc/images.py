@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 import warnings
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
@@ -54,7 +55,11 @@ def load_image(image: ImageInput) -> Image.Image:
         )
     if min(picture.size) < 1:
         raise ValueError(f"image must have at least one pixel, got width and height {picture.size!r}.")
-    return _to_rgb(ImageOps.exif_transpose(picture))
+    try:
+        upright = ImageOps.exif_transpose(picture)
+    except (SyntaxError, struct.error) as error:
+        raise ValueError(f"image has EXIF data that are damaged, so which side is up is not known: {error}") from error
+    return _to_rgb(upright)
 
 
 def to_pixels(image: Image.Image, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
@@ -115,9 +120,9 @@ def _decode(file: BinaryIO, name: str) -> Image.Image:
         ) from error
     except UnidentifiedImageError as error:
         raise ValueError(f"image {name} is not a picture that Pillow can read.") from error
-    except PermissionError:
+    except MemoryError:
         raise
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise for truncated or broken files
+    except Exception as error:  # decoders stumble over broken files in many ways: OSError, SyntaxError, struct.error
         raise ValueError(f"image {name} is damaged: {error}") from error
 
 

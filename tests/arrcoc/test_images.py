@@ -144,6 +144,13 @@ def test_exif_rotation_of_other_modes(tmp_path: Path, mode: str) -> None:
     assert (upright == upright[:1, :, :1]).all() and upright[0, 2, 0] != upright[0, 1, 0] == upright[0, 0, 0]
 
 
+def test_damaged_exif_is_refused(tmp_path: Path) -> None:
+    """Pixels without knowing which side is up would be a silent guess."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "picture.webp", exif=b"Exif\0\0" + b"MM\0\x7c" + bytes(20))
+    with pytest.raises(ValueError, match="image has EXIF data that are damaged, so which side is up is not known: "):
+        load_image(tmp_path / "picture.webp")
+
+
 def test_sixteen_bit_png_and_pgm(tmp_path: Path) -> None:
     single("I;16", 0, 257 * 40, 65535).save(tmp_path / "grey.png")
     assert pixels(str(tmp_path / "grey.png")) == row(0, 40, 255)

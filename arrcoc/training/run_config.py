@@ -69,7 +69,9 @@ class LoaderConfig:
         """
         if not self.augment:
             return None
-        options: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in self.augment_options.items()}
+        options: dict[str, Any] = {
+            name: tuple(v) if isinstance(v, list) else v for name, v in self.augment_options.items()
+        }
         try:
             return RelevanceAugmentation(**options)
         except TypeError as error:

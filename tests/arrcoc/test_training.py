@@ -9,34 +9,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from arrcoc import RelevanceModel, TokenLoader, TrainConfig, encode_samples, train_relevance_model_with_sam
+from arrcoc import RelevanceModel, TrainConfig, encode_samples, train_relevance_model_with_sam
 from arrcoc.config import LOSSES
-from arrcoc.data.sample import RelevanceSample
 from arrcoc.training.checkpoint import load_checkpoint, save_checkpoint
 from models import TinyBackbone, tiny_model
-
-COLOURS = ("red", "green", "blue")
-
-
-def samples(num: int = 8) -> list[RelevanceSample]:
-    """Noisy pictures with one colour in each quarter; "green" is absent from every other one."""
-    generator = torch.Generator().manual_seed(0)
-    made = []
-    for number in range(num):
-        image = 0.3 * torch.rand(3, 32, 32, generator=generator)
-        masks = torch.zeros(3, 32, 32, dtype=torch.bool)
-        for channel in range(3):
-            if channel == 1 and number % 2:
-                continue
-            top, left = 16 * (channel // 2), 16 * ((channel + number) % 2)
-            image[channel, top : top + 16, left : left + 16] += 0.6
-            masks[channel, top : top + 16, left : left + 16] = True
-        made.append(RelevanceSample(image=image, queries=COLOURS, masks=masks, name=str(number)))
-    return made
-
-
-def loader(model: RelevanceModel, seed: int = 0) -> TokenLoader:
-    return encode_samples(model, samples(), batch_size=3, num_queries=2, seed=seed)
+from training_cases import COLOURS, loader, samples
 
 
 @pytest.mark.parametrize("optimizer", ["sam", "asam", "none"])
@@ -114,7 +91,10 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
 def test_resume_refuses_another_head_and_other_data(tmp_path: Path) -> None:
     model = tiny_model()
     train_relevance_model_with_sam(model, loader(model), epochs=1, output=tmp_path)
-    with pytest.raises(ValueError, match="the checkpoint's head_config.text_rank must be 2, got 0: resume with the settings of its run"):
+    with pytest.raises(
+        ValueError,
+        match=r"the checkpoint's head_config.text_rank must be 2, got 0: resume with the settings of its run",
+    ):
         train_relevance_model_with_sam(tiny_model(text_rank=2), loader(model), epochs=1, output=tmp_path, resume=True)
     fewer = encode_samples(model, samples(2), batch_size=3, num_queries=2)
     with pytest.raises(ValueError, match="the checkpoint's num_batches must be 1, got 3"):
@@ -143,7 +123,7 @@ def test_output_holds_the_model_and_the_log(tmp_path: Path) -> None:
 def test_resume_refuses_other_settings_and_damage(tmp_path: Path) -> None:
     model = tiny_model()
     train_relevance_model_with_sam(model, loader(model), epochs=1, output=tmp_path)
-    with pytest.raises(ValueError, match="the checkpoint's config.epochs must be 2, got 1"):
+    with pytest.raises(ValueError, match=r"the checkpoint's config.epochs must be 2, got 1"):
         train_relevance_model_with_sam(model, loader(model), epochs=2, output=tmp_path, resume=True)
     with pytest.raises(ValueError, match="output must be given to resume"):
         train_relevance_model_with_sam(model, loader(model), epochs=1, resume=True)

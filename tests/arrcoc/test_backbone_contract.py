@@ -98,13 +98,6 @@ def test_patches_are_row_major(pair: tuple[Case, Backbone]) -> None:
     assert sum(ranks) / len(ranks) < 1.5, ranks  # about 4 if tokens were column-major
 
 
-def test_pictures_of_mixed_sizes(pair: tuple[Case, Backbone]) -> None:
-    _, backbone = pair
-    images = [images_for(backbone, *grid)[0] for grid in ((2, 3), (3, 2), (2, 3))]
-    for image, tokens in zip(images, backbone.encode_batch(images), strict=True):
-        torch.testing.assert_close(tokens.patches, backbone(image[None]).patches, atol=1e-5, rtol=1e-4)
-
-
 def test_a_saved_model_finds_its_backbone_and_mode_again(
     pair: tuple[Case, Backbone], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,16 +115,14 @@ def test_a_saved_model_finds_its_backbone_and_mode_again(
         assert torch.equal(again(images, TEXTS[:1]), model(images, TEXTS[:1]))
 
 
-def test_texts_and_fingerprint_survive_a_move(pair: tuple[Case, Backbone]) -> None:
-    case, backbone = pair
-    texts = backbone.encode_text(TEXTS)
-    torch.testing.assert_close(texts.norm(dim=-1), torch.ones(2))
-    if case is EMBEDDED:
-        return
-    moved = load_backbone(backbone.spec, mode=backbone.mode, dtype=torch.bfloat16)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_fingerprint_survives_every_move(case: Case, load: Any) -> None:
+    backbone = load(case.name, case.default_mode)
+    moved = load_backbone(backbone.spec, dtype=torch.bfloat16)
     assert moved.fingerprint() == backbone.fingerprint()
     assert moved.to(torch.float64).fingerprint() == backbone.fingerprint()
     assert moved.to("meta").fingerprint() == backbone.fingerprint()
+    torch.testing.assert_close(backbone.encode_text(TEXTS).norm(dim=-1), torch.ones(2))
 
 
 @pytest.mark.parametrize("mode", [mode for case, mode in MATRIX if case is CASES[0]])

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from sam_core import _tensors
 from sam_core._checks import check_count, check_nonnegative
+from sam_core.ascent import Move
 from sam_core.optimizers.two_pass import TwoPassOptimizer
 
 
@@ -76,6 +77,10 @@ class LookSAM(TwoPassOptimizer):
 
     def _second_pass_is_due(self) -> bool:
         return self.should_apply_sam() and super()._second_pass_is_due()
+
+    def _ascend(self, params: list[list[Tensor]], grads: list[list[Tensor]], norm: Tensor) -> list[Move]:
+        self._method_state = {}  # this step makes g_v anew
+        return super()._ascend(params, grads, norm)
 
     def _update(self, norm: Tensor) -> None:
         if self._ascent_grads:

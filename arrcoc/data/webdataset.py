@@ -165,13 +165,16 @@ def _record(key: str, members: dict[str, bytes], texts: str) -> Record:
         for ending, content in members.items():
             if ending.endswith(_MASK):
                 text = ending.removesuffix(_MASK).replace("_", " ").strip()
+                if not text:
+                    raise ItemError(f"the query in the name of {ending!r} is empty.", reason="no text")
                 add_queries(queries, {text: (Region(kind="mask", value=content),)})
     return Record(name=entry.get("name") or f"{key}.{images[0]}", image=members[images[0]], queries=queries)
 
 
 def _json(members: dict[str, bytes]) -> dict[str, Any]:
+    text = _text(members, "json")
     try:
-        entry = json.loads(_text(members, "json"))
+        entry = json.loads(text)
     except ValueError as error:
         raise ItemError(f"the member json is not JSON: {error}.", reason="json unreadable") from error
     if not isinstance(entry, dict):

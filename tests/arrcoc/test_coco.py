@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import pickle
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +166,133 @@ def test_pictures_of_any_kind(tmp_path: Path, mode: str) -> None:
     assert CocoFolder(tmp_path)[0].image.shape == (3, HEIGHT, WIDTH)
 
 
+# Boxes and sentences
+
+
+def test_boxes_stand_in_where_there_is_no_segmentation(tmp_path: Path) -> None:
+    annotations = [
+        {"id": 1, "image_id": 1, "category_id": 0, "bbox": [0, 0, 30, 20]},
+        {"id": 2, "image_id": 1, "category_id": 1, "segmentation": [], "bbox": [30, 0, 30, 10]},
+        {"id": 3, "image_id": 1, "category_id": 1, "segmentation": box(40, 30, 60, 40), "bbox": [0, 30, 60, 10]},
+    ]
+    folder = CocoFolder(make_folder(tmp_path, annotations=annotations))
+    masks = expected_masks()
+    assert folder[0].queries == ("cat", "dog") and folder.num_boxes_as_masks == 2
+    torch.testing.assert_close(folder[0].masks, torch.stack([masks["cat"], masks["dog"]]))
+    boxes = CocoFolder(tmp_path, regions="boxes")
+    masks["cat"][30:, :] = True
+    torch.testing.assert_close(boxes[0].masks, torch.stack([masks["cat"], masks["dog"]]))
+    assert boxes.num_boxes_as_masks == 0
+
+
+@pytest.mark.parametrize(
+    ("regions", "changes", "message"),
+    [
+        ("masks", {}, r"annotation 7 must have a segmentation or a bbox"),
+        ("boxes", {"segmentation": box(0, 0, 30, 20)}, r"annotation 7 must have a bbox"),
+        (
+            "masks",
+            {"bbox": [0, 0, 0, 20]},
+            r"a box must be .* with width and height > 0, got \[0, 0, 0, 20\]",
+        ),
+    ],
+)
+def test_annotations_without_a_region(tmp_path: Path, regions: str, changes: dict[str, Any], message: str) -> None:
+    make_folder(tmp_path, annotations=[{"id": 7, "image_id": 1, "category_id": 0, **changes}])
+    with pytest.raises(ValueError, match=rf"^one\.png: {message}"):
+        CocoFolder(tmp_path, regions=regions)
+
+
+def write_refs(root: Path, *changes: dict[str, Any]) -> None:
+    sound = {"ref_id": 0, "ann_id": 3, "image_id": 1, "sentences": [{"sent": "cats at the bottom"}, {"raw": " Cats "}]}
+    refs = [sound, {"ann_id": 4, "sentences": [{"sent": "the bus", "raw": "The bus"}]}]
+    (root / "refs.json").write_text(json.dumps(refs + [{**sound, **change} for change in changes]))
+
+
+def test_sentences_refer_to_one_annotation(tmp_path: Path) -> None:
+    write_refs(make_folder(tmp_path), {"ann_id": 1, "sentences": [{"sent": "dog"}]})
+    folder = CocoFolder(tmp_path, queries="sentences", absent_queries=2)
+    assert [sample.queries[:-2] for sample in folder] == [("cats at the bottom", "Cats", "dog"), ("the bus",)]
+    assert set(folder[0].queries[-2:]) == {"bus", "cherry"}  # names of categories that are not in the picture
+    masks = expected_masks()
+    bottom = masks["cat"].clone()
+    bottom[:10] = False
+    torch.testing.assert_close(folder[0].masks[:3], torch.stack([bottom, bottom, masks["dog"]]))
+    torch.testing.assert_close(folder[1].masks[0], masks["bus"])
+
+
+def test_a_sentence_for_several_annotations_unites_them(tmp_path: Path) -> None:
+    same = {"sentences": [{"sent": "Cats"}]}
+    write_refs(make_folder(tmp_path), same, {"ann_id": 2, **same})
+    (sample,) = CocoFolder(tmp_path, queries="sentences", limit=1)
+    assert sample.queries == ("cats at the bottom", "Cats")
+    torch.testing.assert_close(sample.masks[1], expected_masks()["cat"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message", "reason"),
+    [
+        ({"ann_id": 9}, r"reference 0: ann_id 9 is not among the annotations", "annotation missing"),
+        ({"image_id": "b"}, r"reference 0: image_id is 'b', that of annotation 3 1", "annotation of another picture"),
+        ({"sentences": [{"sent": " "}]}, r"reference 0: a sentence must have a text \"sent\" or \"raw\"", "no text"),
+    ],
+)
+def test_broken_references(tmp_path: Path, change: dict[str, Any], message: str, reason: str) -> None:
+    write_refs(make_folder(tmp_path), change)
+    with pytest.raises(ValueError, match=message):
+        CocoFolder(tmp_path, queries="sentences")
+    folder = CocoFolder(tmp_path, queries="sentences", on_error="skip")
+    assert len(folder) == 2 and folder.skips.broken == {reason: 1}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, r"refs\.json must be a list of references, got dict"),
+        ([{"ann_id": 3}], r"must have ann_id and a list of sen"),
+    ],
+)
+def test_not_in_the_format_of_references(tmp_path: Path, content: Any, message: str) -> None:
+    (make_folder(tmp_path) / "refs.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        CocoFolder(tmp_path, queries="sentences")
+
+
+def test_pickled_references_are_refused_unopened(tmp_path: Path) -> None:
+    refs = [{"ann_id": 4, "sentences": [{"sent": "the bus"}]}]
+    make_folder(tmp_path)
+    (tmp_path / "refs(unc).p").write_bytes(pickle.dumps(refs))
+    with pytest.raises(ValueError, match=r"refs\(unc\)\.p is a pickle, and opening a pickle runs whatever") as caught:
+        CocoFolder(tmp_path, queries="sentences")
+    command = re.search(r'python -c "(.*)"$', str(caught.value))
+    assert command is not None
+    subprocess.run([sys.executable, "-c", command[1]], check=True)
+    assert CocoFolder(tmp_path, queries="sentences")[0].queries == ("the bus",)
+
+
+def test_masks_are_not_decoded_when_a_folder_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Full COCO opens in a minute, not in twenty."""
+    make_folder(tmp_path)
+    monkeypatch.setattr("arrcoc.data.regions.Region.decode", lambda *arguments: pytest.fail("a mask was decoded"))
+    assert len(CocoFolder(tmp_path)) == 2
+
+
+def test_truncated_pictures_are_found_by_a_check_of_pixels(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    path = tmp_path / "images" / "one.png"
+    path.write_bytes(path.read_bytes()[:2000])
+    folder = CocoFolder(tmp_path, check="pixels", on_error="skip")
+    assert folder.names == ("two.png",) and folder.skips.broken == {"picture unreadable": 1}
+
+
+def test_three_splits(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    shares = {"val_share": 0.3, "test_share": 0.4, "split_seed": 2}
+    names = {split: CocoFolder(tmp_path, split=split, **shares).names for split in ("train", "val", "test")}
+    expected = split_by_image(["one.png", "two.png"], {"train": 1 - 0.3 - 0.4, "val": 0.3, "test": 0.4}, seed=2)
+    assert {split: list(part) for split, part in names.items()} == expected
+
+
 # Splits
 
 
@@ -283,6 +414,7 @@ def test_not_json(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ({"queries": "words"}, r'queries must be "categories", "captions" or "sentences", got \'words\''),
+        ({"regions": "points"}, r'regions must be "masks" or "boxes", got \'points\''),
         ({"split": "dev"}, r'split must be "train", "val", "test" or None, got \'dev\''),
         ({"val_share": 0.0}, r"val_share must be in \(0, 1\), got 0\.0"),
         ({"limit": 0}, r"limit must be >= 1 or None, got 0"),

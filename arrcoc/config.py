@@ -142,7 +142,9 @@ class TrainConfig:
         base_class = getattr(torch.optim, self.base_optimizer, None)
         if not (isinstance(base_class, type) and issubclass(base_class, torch.optim.Optimizer)):
             raise ValueError(f"base_optimizer must name a class of torch.optim, got {self.base_optimizer!r}.")
-        self.make_optimizer([torch.nn.Parameter(torch.zeros(1))])  # bad options are refused now, not after an hour
+        if self.optimizer_options or self.base_options or self.base_optimizer != "AdamW":
+            # Bad options are refused now, not after an hour; the defaults are known to be good, and it takes a second.
+            self.make_optimizer([torch.nn.Parameter(torch.zeros(1))])
 
     def make_optimizer(self, params: Any) -> OptimizerWrapper:
         """The method over the base optimizer, for parameters or parameter groups.

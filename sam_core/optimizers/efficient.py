@@ -125,9 +125,8 @@ class EfficientSAM(TwoPassOptimizer):
     def _draw(self) -> list[Tensor]:
         """The parameters that this step perturbs."""
         params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-        generator = torch.Generator().manual_seed(
-            (self._counters["seed"] * 2**32 + self._counters["num_steps"]) % 2**63
-        )
+        number = self._counters["seed"] * 0x9E3779B1 + self._counters["num_steps"]
+        generator = torch.Generator().manual_seed(number % 2**32)  # it looks at 32 bits alone
         order = torch.randperm(len(params), generator=generator).tolist()
         return [params[i] for i in sorted(order[: _count(self.perturbation_ratio, len(params))])]
 

@@ -1,4 +1,4 @@
-"""The ready-made loop does what its parts do."""
+"""The ready-made loops do what their parts do."""
 
 from __future__ import annotations
 
@@ -9,8 +9,17 @@ import pytest
 import torch
 from torch import nn
 
-from sam_cases import assert_bitwise, copies, make_batch
-from sam_core import SAM, disable_running_stats, enable_running_stats, train_with_sam
+from sam_cases import (
+    DEFAULTS,
+    METHODS,
+    assert_bitwise,
+    copies,
+    make_batch,
+    make_closure,
+    make_model,
+    true_perturbation,
+)
+from sam_core import SAM, disable_running_stats, enable_running_stats, train_sam_with_accumulation, train_with_sam
 
 
 def make_normed_model():
@@ -58,3 +67,96 @@ def test_loop_takes_no_epochs_but_no_empty_loader():
         train_with_sam(model, [], epochs=1)
     with pytest.raises(ValueError, match=r"^epochs must be an integer >= 0, got 1\.5\.$"):
         train_with_sam(model, [], epochs=1.5)
+
+
+# Accumulation ---------------------------------------------------------------------------------------------------------
+
+
+def make_loader(sizes=(5, 5, 6, 4, 4)):
+    generator = torch.Generator().manual_seed(2)
+    return [
+        (torch.randn(n, 5, generator=generator).double(), torch.randint(3, (n,), generator=generator)) for n in sizes
+    ]
+
+
+@pytest.mark.parametrize("method", ["sam", "gsam", "looksam", "msam"])
+def test_accumulation_steps_on_the_union_of_its_parts(method):
+    """Both gradients are those of the whole batch, also of what is left at the end."""
+    loader, model, whole = make_loader(), make_model(), make_model()
+    optimizer = METHODS[method](model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+    assert train_sam_with_accumulation(model, loader, optimizer, accumulation_steps=3) is model
+    reference = METHODS[method](whole.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+    for parts in (loader[:3], loader[3:]):
+        batch = torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
+        reference.step(make_closure(whole, batch))
+    for actual, expected in zip(copies(model), copies(whole), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-12)
+
+
+def test_accumulation_with_a_loss_scaler_and_batch_normalisation():
+    loader = [(inputs.float(), targets) for inputs, targets in make_loader()]
+    model, plain = make_normed_model(), make_normed_model()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for net, options in ((model, {"grad_scaler": scaler}), (plain, {})):
+        optimizer = SAM(net.parameters(), torch.optim.SGD, rho=0.1, lr=0.1)
+        train_sam_with_accumulation(net, loader, optimizer, 2, device="cpu", **options)
+    assert_bitwise(copies(model), copies(plain))
+    assert model[1].num_batches_tracked == 5
+
+
+@pytest.mark.parametrize("method", ["sam", "asam", "memoryefficientsam"])
+def test_m_sharpness_gives_each_part_its_own_perturbation(method):
+    loader, model, plain = make_loader(), make_model(), make_model()
+    optimizer = METHODS[method](model.parameters(), torch.optim.SGD, lr=0.1)
+    train_sam_with_accumulation(model, loader, optimizer, accumulation_steps=5, m_sharpness=True)
+    total = [torch.zeros_like(p) for p in plain.parameters()]
+    rho, eta = DEFAULTS[method]["rho"], DEFAULTS[method].get("eta")
+    for batch in loader:
+        net = copy.deepcopy(plain)
+        make_closure(net, batch)()
+        e = true_perturbation(copies(net), [p.grad for p in net.parameters()], rho, eta)
+        with torch.no_grad():
+            for param, move in zip(net.parameters(), e, strict=True):
+                param.add_(move)
+        net.zero_grad()
+        make_closure(net, batch)()
+        for sum_of_grads, param in zip(total, net.parameters(), strict=True):
+            sum_of_grads += param.grad * len(batch[1]) / 24
+    for actual, start, grad in zip(copies(model), copies(plain), total, strict=True):
+        torch.testing.assert_close(actual, start - 0.1 * grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("bad_call", [1, 2, 3, 4])
+def test_m_sharpness_skips_a_step_with_one_bad_part(bad_call):
+    model, calls = make_model(), []
+    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1, nonfinite="skip")
+    before, closure = copies(model), make_closure(model)
+
+    def spoiled():
+        loss = closure()
+        calls.append(1)
+        if len(calls) == bad_call:
+            model[0].bias.grad.fill_(float("nan"))
+        return loss
+
+    optimizer.step_m_sharpness([spoiled, spoiled])
+    assert optimizer.num_skipped == 1
+    assert_bitwise(copies(model), before)
+
+
+def test_accumulation_refuses():
+    model = make_model()
+    sam = SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    gsam = METHODS["gsam"](model.parameters(), torch.optim.SGD, lr=0.1)
+    with pytest.raises(ValueError, match=r"^accumulation_steps must be an integer >= 1, got 0\.$"):
+        train_sam_with_accumulation(model, make_loader(), sam, 0)
+    with pytest.raises(ValueError, match=r"^train_loader must give at least one batch, got none\.$"):
+        train_sam_with_accumulation(model, [], sam)
+    with pytest.raises(ValueError, match=r"^optimizer must be SAM or ASAM with m_sharpness=True, got GSAM\.$"):
+        train_sam_with_accumulation(model, make_loader(), gsam, m_sharpness=True)
+    with pytest.raises(ValueError, match=r"^grad_scaler must be None with m_sharpness=True\.$"):
+        train_sam_with_accumulation(
+            model, make_loader(), sam, m_sharpness=True, grad_scaler=torch.amp.GradScaler("cpu")
+        )
+    with pytest.raises(ValueError, match=r"^closures must hold at least one micro-batch, got none\.$"):
+        sam.step_m_sharpness([])

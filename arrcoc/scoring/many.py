@@ -10,28 +10,23 @@ import operator
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from arrcoc.data.records import Record
-from arrcoc.images import as_images
-from arrcoc.model.allocation import keep_top, num_tokens_of
+from arrcoc.model.allocation import num_tokens_of
 from arrcoc.scorer import RelevanceScorer, check_queries
 from arrcoc.scoring.inputs import BrokenInput, Input, read_inputs
-from arrcoc.scoring.prepare import Broken, Prepared, Task, batches_of_one_shape, prepare
-from arrcoc.scoring.state import PartDigest, RunState, Skipped, fingerprint
-from arrcoc.scoring.tables import WRITERS, Layout, Score, import_pyarrow, part_name
-
-_WAITING_BATCHES = 8  # of pictures held back until their shape fills a batch
+from arrcoc.scoring.part import Part
+from arrcoc.scoring.prepare import Broken, Task, prepare
+from arrcoc.scoring.state import PartDigest, RunState, fingerprint
+from arrcoc.scoring.tables import WRITERS, Layout, import_pyarrow, part_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +39,7 @@ class ScoringSummary:
         num_records: records, one for each picture and query.
         num_skipped: reason -> number of pictures.
         num_resumed: of the pictures, those that an earlier run had done.
-        seconds: time of this run.
+        seconds: time of this run, from its first new picture on.
     """
 
     num_pictures: int
@@ -61,10 +56,10 @@ class ScoringSummary:
 
     def __str__(self) -> str:
         new = self.num_pictures - self.num_resumed
-        before = f" ({self.num_resumed} before)" if self.num_resumed else ""
+        before = f" ({self.num_resumed} were done before)" if self.num_resumed else ""
         lines = [
-            f"{self.num_scored} pictures scored, {self.num_records} records{before}; "
-            f"{new} pictures in {self.seconds:.1f} s, {self.pictures_per_second:.1f} pictures/s"
+            f"{self.num_scored} pictures scored, {self.num_records} records; "
+            f"{new} pictures in {self.seconds:.1f} s, {self.pictures_per_second:.1f} pictures/s{before}"
         ]
         lines += [f"{number} skipped: {reason}" for reason, number in sorted(self.num_skipped.items())]
         return "\n".join(lines)
@@ -123,7 +118,6 @@ def score_many(
         FileNotFoundError: if an input is missing.
         ImportError: for Parquet without pyarrow.
     """
-    started = time.perf_counter()
     texts = None if queries is None else check_queries(queries)
     layout = Layout(precision=precision, logits=logits, kept=budget is not None)
     if batch_size is None:
@@ -146,11 +140,12 @@ def score_many(
     state = RunState(Path(output), settings, resume=resume)
     _pass_over(tasks, state, part_size)
     num_resumed = state.num_pictures
+    started = time.perf_counter()
     ready = prepare(tasks, scorer.model.backbone, scorer.scales, num_workers=num_workers)
     bar = tqdm(unit=" pictures", initial=num_resumed, disable=None if progress is None else not progress)
     with bar, closing(ready):
         while True:
-            part = _Part(scorer, budget, layout, on_error)
+            part = Part(scorer, budget, layout, on_error)
             part.score(islice(ready, part_size), batch_size, bar.update)
             if not part.num_pictures:
                 break
@@ -165,74 +160,6 @@ def score_many(
         num_resumed=num_resumed,
         seconds=time.perf_counter() - started,
     )
-
-
-class _Part:
-    """The scores of one part while they are made."""
-
-    def __init__(self, scorer: RelevanceScorer, budget: int | float | None, layout: Layout, on_error: str) -> None:
-        self.scorer, self.budget, self.layout, self.on_error = scorer, budget, layout, on_error
-        self.num_pictures = 0
-        self.digest = PartDigest()
-        self.skipped: list[Skipped] = []
-        self._scores: dict[int, list[Score]] = {}
-
-    def in_order(self) -> list[Score]:
-        """The scores in the order of the pictures, and of the queries of each."""
-        return [score for number in sorted(self._scores) for score in self._scores[number]]
-
-    def score(self, pictures: Iterable[Prepared | Broken], batch_size: int, tick: Callable[[int], object]) -> None:
-        """Score the pictures; ``tick`` is told how many are done, from time to time."""
-        sound = self._sound(pictures, tick)
-        for batch in batches_of_one_shape(sound, batch_size=batch_size, max_waiting=_WAITING_BATCHES * batch_size):
-            pixels = zip(*(picture.levels for picture in batch), strict=True)
-            levels = {s: as_images(np.stack(level)) for s, level in zip(self.scorer.scales, pixels, strict=True)}
-            logits = self.scorer.score_images(levels, [picture.queries for picture in batch])
-            for picture, maps in zip(batch, logits, strict=True):
-                self._add(picture, maps)
-            tick(len(batch))
-
-    def _sound(self, pictures: Iterable[Prepared | Broken], tick: Callable[[int], object]) -> Iterator[Prepared]:
-        for picture in pictures:
-            self.num_pictures += 1
-            self.digest.add(picture.name, picture.queries)
-            if isinstance(picture, Prepared):
-                yield picture
-            else:
-                self._skip(picture)
-                tick(1)
-
-    def _skip(self, broken: Broken) -> None:
-        if self.on_error == "raise":
-            if broken.name in str(broken.error):
-                raise broken.error
-            raise ValueError(f"{broken.name}: {broken.error}") from broken.error
-        self.skipped.append(
-            Skipped(number=broken.number, image=broken.name, reason=broken.reason, error=str(broken.error))
-        )
-
-    def _add(self, picture: Prepared, logits_Qhw: Tensor) -> None:
-        if not bool(torch.isfinite(logits_Qhw).all()):
-            raise FloatingPointError(f"{picture.name}: the relevance logits are not finite.")
-        kept: list[Any] = [None] * len(picture.queries)
-        if self.budget is not None:
-            try:
-                num_kept = num_tokens_of(self.budget, logits_Qhw[0].numel())
-            except ValueError as error:  # more than this picture's grid has
-                self._skip(picture.broken("budget above the grid", error))
-                return
-            kept = [keep_top(logits.flatten(), num_kept).keep_indices.int().numpy() for logits in logits_Qhw]
-        self._scores[picture.number] = [
-            Score(
-                number=picture.number,
-                image=picture.name,
-                query=query,
-                relevance=torch.sigmoid(logits).numpy(),
-                logits=logits.numpy() if self.layout.logits else None,
-                kept=indices,
-            )
-            for query, logits, indices in zip(picture.queries, logits_Qhw, kept, strict=True)
-        ]
 
 
 def _tasks(inputs: Iterable[Record | BrokenInput], texts: tuple[str, ...] | None) -> Iterator[Task | Broken]:

@@ -123,8 +123,9 @@ class TrainedPart:
             if isinstance(visual, VisualTokens):
                 raise ValueError("train_loader must give images to train blocks of the backbone, got tokens.")
             with self.autocast():
-                features = self.model.backbone.encode_features(visual)
-            return replace(prepared, features=features, noise=noise.get_state())
+                features, grid = self.model.backbone.encode_features(visual)
+            features = features.to(self.model.backbone.dtype)  # what comes after need not be narrow
+            return replace(prepared, features=(features, grid), noise=noise.get_state())
         tokens = _on_device(visual if isinstance(visual, VisualTokens) else self._encode(visual), device)
         _check_targets(prepared.targets, tokens, queries)
         # One draw for all passes of an optimizer, so that they see the same loss surface.

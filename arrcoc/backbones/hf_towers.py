@@ -146,7 +146,8 @@ class NaFlexTower(SiglipTower):
         rows, columns = self.stride
         patches = rearrange(pixels, "b c (h p) (w q) -> b (h w) (p q c)", p=rows, q=columns)
         h, w = self.grid_of(pixels)
-        native = rearrange(embeddings.position_embedding.weight, "(h w) c -> 1 c h w", h=self.native_grid[0])
+        # no rearrange of a parameter: einops would note down its type, which ends torch.compile's graph
+        native = embeddings.position_embedding.weight.unflatten(0, self.native_grid).movedim(-1, 0)[None]
         native = native.to(torch.promote_types(native.dtype, torch.float32))
         resized = F.interpolate(native, size=(h, w), mode="bilinear", align_corners=False, antialias=True)
         tokens: Tensor = embeddings.patch_embedding(patches)

@@ -204,6 +204,15 @@ def test_other_sizes_are_near_what_transformers_interpolates(kind: str) -> None:
         assert 1e-5 < distance < 0.05
 
 
+def test_naflex_compiles_to_one_graph() -> None:
+    """Each of its sizes resamples positions; test_backbones.py compiles the other towers."""
+    backbone, images = wrap("siglip2", "raw"), random_images(16, 24)
+    torch.compiler.reset()
+    tokens = torch.compile(backbone, backend="aot_eager", fullgraph=True)(images)
+    same(tokens.patches, backbone(images).patches)
+    same(tokens.pooled, backbone(images).pooled)
+
+
 # ---- texts
 
 

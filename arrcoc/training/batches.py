@@ -68,6 +68,8 @@ class BatchPlan:
 
     def choose(self, available: int, generator: torch.Generator) -> list[int]:
         """Which of a sample's queries are shown: drawn without replacement, repeated if there are too few."""
-        rounds = -(-self.num_queries // available)
-        numbers = torch.cat([torch.randperm(available, generator=generator) for _ in range(rounds)])
-        return numbers[: self.num_queries].tolist()
+        assert available > 0
+        chosen: list[int] = []
+        while len(chosen) < self.num_queries:
+            chosen += torch.randperm(available, generator=generator).tolist()
+        return chosen[: self.num_queries]

@@ -178,6 +178,8 @@ class _Items(Dataset[Item]):
     def __getitem__(self, index: tuple[int, int]) -> Item:
         epoch, number = index
         sample, generator = self.samples[number], self.plan.generator(epoch, number)
+        if not sample.queries:
+            raise ValueError(f"every sample must have a query, {sample.name!r} has none.")
         if self.augmentation is not None:
             sample = self.augmentation(sample, generator)
         chosen = self.plan.choose(len(sample.queries), generator)

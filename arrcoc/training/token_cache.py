@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import mmap
 import os
 import re
 import zlib
@@ -60,6 +62,23 @@ class _Record:
     part: Path
     row: int
     checksum: int
+
+
+class _Part:
+    """A file of records, mapped and not read: the bits of all that are whole, [rows, L, N + 1, D]."""
+
+    def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        size = math.prod(shape)
+        num_rows = len(self._map) // (size * dtype.itemsize)
+        bits = np.frombuffer(self._map, f"i{dtype.itemsize}", num_rows * size)
+        self.rows: NDArray[np.signedinteger[Any]] = bits.reshape(num_rows, *shape)
+
+    def release(self) -> None:
+        """Give the pages that were read back to the system, which keeps the file in its own memory if it has some."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
 
 
 class TokenCache:
@@ -189,13 +208,13 @@ class TokenCache:
 
     @property
     def _record_bytes(self) -> int:
-        return int(np.prod(self._shape)) * self.dtype.itemsize
+        return math.prod(self._shape) * self.dtype.itemsize
 
     def _find(self, key: str) -> _Record | None:
         """The first entry of a picture that is whole; each is verified once."""
         if key not in self._whole and key in self._found:
             for record in self._found[key]:
-                data = _rows(record.part, self._shape, self.dtype)[record.row].tobytes()
+                data = _Part(record.part, self._shape, self.dtype).rows[record.row].tobytes()
                 if _checksum(key, data) == record.checksum:
                     self._whole[key] = record
                     break
@@ -232,7 +251,7 @@ class TokenCache:
 class CachedTokens:
     """Tokens of S pictures in a `TokenCache`: what is selected is read, and nothing stays in memory.
 
-    The files are mapped for as long as a selection takes: the memory of a process does not grow with what it has read.
+    The files are mapped, and after each selection their pages are given back: a process does not grow as it reads.
     """
 
     def __init__(
@@ -245,6 +264,7 @@ class CachedTokens:
     ) -> None:
         self.grid, self.dtype, self.device = grid, dtype, device
         self._records, self._shape = list(records), shape
+        self._parts: dict[Path, _Part] = {}
 
     def __len__(self) -> int:
         return len(self._records)
@@ -254,14 +274,15 @@ class CachedTokens:
         num_levels, length, width = self._shape
         patches_LBND = torch.empty(num_levels, len(index), length - 1, width, dtype=_BITS[self.dtype])
         pooled_LBD = torch.empty(num_levels, len(index), width, dtype=_BITS[self.dtype])
-        parts: dict[Path, NDArray[Any]] = {}
         for place, number in enumerate(index.tolist()):
             record = self._records[number]
-            if record.part not in parts:
-                parts[record.part] = _rows(record.part, self._shape, self.dtype)
-            stored = parts[record.part][record.row]
+            if record.part not in self._parts:
+                self._parts[record.part] = _Part(record.part, self._shape, self.dtype)
+            stored = self._parts[record.part].rows[record.row]
             np.copyto(patches_LBND[:, place].numpy(), stored[:, :-1])
             np.copyto(pooled_LBD[:, place].numpy(), stored[:, -1])
+        for part in self._parts.values():
+            part.release()
         patches_LBND, pooled_LBD = (
             bits.view(self.dtype).to(self.device, torch.float32) for bits in (patches_LBND, pooled_LBD)
         )
@@ -292,13 +313,6 @@ def _space(model: RelevanceModel, dtype: torch.dtype) -> dict[str, Any]:
         "mean": list(backbone.mean),
         "std": list(backbone.std),
     }
-
-
-def _rows(part: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> NDArray[Any]:
-    """All whole records of a part, mapped and not read."""
-    bits = np.dtype(f"i{dtype.itemsize}")
-    num_rows = part.stat().st_size // (int(np.prod(shape)) * bits.itemsize)
-    return np.memmap(part, bits, mode="r", shape=(num_rows, *shape))
 
 
 def _checksum(key: str, data: bytes) -> int:

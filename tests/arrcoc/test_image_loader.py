@@ -133,6 +133,10 @@ def test_bad_input() -> None:
         ImageLoader(scenes, (0, 64), (4, 4))
     with pytest.raises(ValueError, match=r"grid must be \(height, width\), both >= 1, got \(4,\)"):
         ImageLoader(scenes, (64, 64), (4,))  # type: ignore[arg-type]
+    mute = RelevanceSample(image=torch.rand(3, 8, 8), queries=(), masks=torch.zeros(0, 8, 8).bool(), name="mute")
+    for augmentation in (None, RelevanceAugmentation()):
+        with pytest.raises(ValueError, match="every sample must have a query, 'mute' has none"):
+            next(iter(ImageLoader([mute], (8, 8), (1, 1), augmentation=augmentation)))
     with pytest.raises(ValueError, match="workers must be an integer >= 0, got -2"):
         ImageLoader(scenes, (64, 64), (4, 4), workers=-2)
     with pytest.raises(ValueError, match="batch_size must be an integer >= 1, got 0"):

@@ -1,0 +1,215 @@
+"""What training costs beside its floor, as ratios measured in turn in one run.
+
+The floor of a cached epoch is the head alone: forward, loss, backward and step on inputs that lie ready in memory. The
+floor of SAM with online tokens is AdamW, which makes one pass over the head where SAM makes two; the backbone runs once
+for both. An epoch is all that the trainer does in it.
+
+For example: python scripts/benchmarks/training_cost.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from _common import positive, run
+
+if TYPE_CHECKING:
+    from arrcoc import RelevanceModel, TokenLoader, TrainConfig
+
+BAR = 1.15
+Measure = Callable[[], float]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; 0 on success, 2 for what the user must change."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="embedded", help="backbone (default: embedded)")
+    add("--num", type=positive, default=400, help="scenes whose tokens are cached (default: 400)")
+    add("--num-online", type=positive, default=16, help="scenes that pass the backbone each epoch (default: 16)")
+    add("--batch-size", type=positive, default=16, help="pictures a batch, 6 queries each (default: 16)")
+    add("--repeats", type=positive, default=5, help="epochs of each kind (default: 5)")
+    add("--cache", help="folder that keeps the tokens for the next time (default: a temporary one)")
+    return run(parser, _measure, argv)
+
+
+def _measure(arguments: argparse.Namespace) -> None:
+    import arrcoc
+    from arrcoc.config import TrainConfig
+    from arrcoc.data import Scenes
+    from arrcoc.training.images import ImageLoader
+
+    model = arrcoc.load_scorer(arguments.model, head=None).model
+    # The penalty runs the head once more, on noisy tokens. Without it the head is cheapest and all else weighs most.
+    penalty = TrainConfig().penalty_weight
+    adamw, sam = TrainConfig(optimizer="none", penalty_weight=0.0), TrainConfig(penalty_weight=0.0)
+    with tempfile.TemporaryDirectory() as temporary:
+        loader = _cached(arguments, model, arguments.cache or temporary)
+        print(f"\na batch of an epoch          cached   head alone   ratio   (bar {BAR})")
+        ready = _ready(model, loader)
+        for name, config in {
+            "AdamW": adamw,
+            "AdamW, penalty": replace(adamw, penalty_weight=penalty),
+            "SAM": sam,
+            "SAM, penalty": replace(sam, penalty_weight=penalty),
+        }.items():
+            cached, alone, ratio = _in_turn(
+                _epoch(model, loader, config), _head_alone(model, ready, config), arguments.repeats
+            )
+            print(f"{name:<23} {_ms(cached, len(loader))}  {_ms(alone, len(loader))}   {ratio:5.2f}", flush=True)
+
+        print("\nSAM / AdamW, an epoch of")
+        _, _, ratio = _in_turn(_epoch(model, loader, sam), _epoch(model, loader, adamw), arguments.repeats)
+        print(f"  cached tokens                                 {ratio:5.2f}", flush=True)
+    images = list(ImageLoader.for_model(model, Scenes(arguments.num_online), batch_size=arguments.batch_size))
+    for title, blocks, weight in (
+        (f"  online tokens                     (bar {BAR})", 0, 0.0),
+        (f"  online tokens, penalty            (bar {BAR})", 0, penalty),
+        ("  online tokens, last block trained with the head", 1, 0.0),
+    ):
+        one, other = (replace(config, train_blocks=blocks, penalty_weight=weight) for config in (sam, adamw))
+        _, _, ratio = _in_turn(_epoch(model, images, one), _epoch(model, images, other), min(3, arguments.repeats))
+        print(f"{title:<47} {ratio:5.2f}", flush=True)
+
+
+def _cached(arguments: argparse.Namespace, model: RelevanceModel, folder: str) -> TokenLoader:
+    """A loader over the cache, filled now and found by a second call as by a later run; both are timed."""
+    import arrcoc
+    from arrcoc.data import Scenes
+    from arrcoc.training.token_cache import TokenCache
+
+    marks = [time.perf_counter()]
+    for _ in range(2):
+        cache = TokenCache(folder, model)
+        missing = arguments.num - len(cache)
+        loader = arrcoc.encode_samples(model, Scenes(arguments.num), batch_size=arguments.batch_size, cache=cache)
+        marks.append(time.perf_counter())
+        seconds = marks[-1] - marks[-2]
+        print(f"a picture, {max(0, missing):>4} of {arguments.num} to encode    {_ms(seconds, arguments.num)}")
+    print(f"on disk                               {cache.num_bytes / len(cache) / 1e6:8.2f} MB a picture")
+    # Texts are encoded when they are first asked for, once a run.
+    model.encode_text(sorted({text for texts in loader.queries for text in texts}))
+    return loader
+
+
+class _EndOfEpochError(Exception):
+    """Ends a training run after the epoch that is timed, before the head is calibrated."""
+
+
+class _Clocked:
+    """Batches that note when their epoch begins."""
+
+    def __init__(self, batches: Any) -> None:
+        self.batches, self.started = batches, 0.0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.started = time.perf_counter()
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+
+def _epoch(model: RelevanceModel, batches: Any, config: TrainConfig) -> Measure:
+    """Seconds of the first epoch of a training run."""
+    from arrcoc import train_relevance_model_with_sam
+
+    def measure() -> float:
+        clocked, backbone, seconds = _Clocked(batches), model.backbone, 0.0
+
+        def stop(*_: Any) -> None:
+            nonlocal seconds
+            seconds = time.perf_counter() - clocked.started
+            raise _EndOfEpochError
+
+        model.head = _head(model)
+        try:
+            train_relevance_model_with_sam(model, clocked, config=config, callbacks=[stop])
+        except _EndOfEpochError:
+            return seconds
+        finally:
+            model.head, model.backbone = None, backbone
+        raise AssertionError("the callback was not called")
+
+    return measure
+
+
+def _head_alone(model: RelevanceModel, ready: Sequence[Any], config: TrainConfig) -> Measure:
+    """Seconds of the head's own work in an epoch; the noise of the penalty is a part of the loss."""
+    import torch
+
+    from arrcoc.model.robustness import perturb_tokens, relevance_change
+    from arrcoc.training.losses import relevance_loss
+
+    def measure() -> float:
+        head, loss_of = _head(model), relevance_loss(config.loss)
+        optimizer = config.make_optimizer([{"params": list(head.parameters())}])
+        noise = torch.Generator().manual_seed(0)
+        started = time.perf_counter()
+        for (patches, queries, similarity), targets in ready:
+            noisy = perturb_tokens(patches, config.input_radius, noise) if config.penalty_weight else None
+
+            def closure(
+                patches: Any = patches,
+                queries: Any = queries,
+                similarity: Any = similarity,
+                targets: Any = targets,
+                noisy: Any = noisy,
+            ) -> Any:
+                logits = head(patches, queries, similarity)
+                loss = loss_of(logits, targets)
+                if noisy is not None:
+                    change = relevance_change(torch.sigmoid(logits), torch.sigmoid(head(noisy, queries, similarity)))
+                    loss = loss + config.penalty_weight * change
+                torch.autograd.backward(loss)
+                return loss
+
+            optimizer.step(closure)
+        return time.perf_counter() - started
+
+    return measure
+
+
+def _ready(model: RelevanceModel, batches: Iterable[Any]) -> list[Any]:
+    """Of every batch what the head sees, (tokens, queries, similarity), and the targets."""
+    from arrcoc.model.similarity import similarity_logits
+
+    ready = []
+    for tokens, texts, targets in batches:
+        queries = model.encode_text([text for row in texts for text in row]).unflatten(0, (len(texts), -1))
+        ready.append(((tokens.patches, queries, similarity_logits(model.backbone, tokens, queries)), targets))
+    return ready
+
+
+def _head(model: RelevanceModel) -> Any:
+    """A new head of the shape that ``train_relevance.py`` makes."""
+    from arrcoc import HeadConfig, RelevanceHead
+
+    return RelevanceHead(HeadConfig(embed_dim=model.backbone.embed_dim, text_rank=32))
+
+
+def _in_turn(first: Measure, second: Measure, repeats: int) -> tuple[float, float, float]:
+    """Medians of two measurements and of the ratio of neighbours, for what disturbs one disturbs the other."""
+    pairs = [(first(), second()) for _ in range(repeats + 1)][1:]  # without the first, which warms up
+    medians = [statistics.median(column) for column in zip(*pairs, strict=True)]
+    return medians[0], medians[1], statistics.median(one / other for one, other in pairs)
+
+
+def _ms(seconds: float, parts: int) -> str:
+    return f"{1000 * seconds / parts:8.1f} ms"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,7 +3,7 @@
 For example: python scripts/train_relevance.py --data scenes --output runs/scenes
 
 Settings come from --config FILE (TOML or JSON, its sections as below), then from the other flags. On several processes:
-torchrun --nproc-per-node 2 scripts/train_relevance.py ...
+torchrun --nproc-per-node 2 -- scripts/train_relevance.py ...
 """
 
 from __future__ import annotations

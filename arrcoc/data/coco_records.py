@@ -58,6 +58,10 @@ class CocoRecords(Sequence[Record]):
         self._queries = queries
         self._boxes_only = regions == "boxes"
         self._images = coco["images"]
+        for image in self._images:
+            sides = (image["height"], image["width"])
+            if not (isinstance(image["file_name"], str) and all(isinstance(side, int) and side > 0 for side in sides)):
+                raise ValueError(f"each image must have a file_name and a height and width >= 1, got {image!r}.")
         ids = {image["id"] for image in self._images}
         if len(ids) < len(self._images):
             raise ValueError(f"image ids must differ, got {len(self._images)} images with {len(ids)} ids.")
@@ -123,7 +127,7 @@ class CocoRecords(Sequence[Record]):
             name=image["file_name"],
             image=self._folder / image["file_name"],
             queries=queries,
-            size=(int(image["height"]), int(image["width"])),
+            size=(image["height"], image["width"]),
             present=tuple(things),
             key=str(image["id"]),
             left_out=tuple(left_out),

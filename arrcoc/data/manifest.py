@@ -176,8 +176,9 @@ class ManifestRecords(Sequence[Record]):
             entry = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
         except UnicodeDecodeError as error:
             raise ItemError(f"the line is not UTF-8: {error}.", reason="line unreadable") from error
-        except ValueError as error:
-            raise ItemError(f"the line is not JSON: {error}.", reason="line unreadable") from error
+        except json.JSONDecodeError as error:
+            message = f"the line is not JSON: {error.msg} at column {error.colno}."
+            raise ItemError(message, reason="line unreadable") from error
         if not isinstance(entry, dict):
             raise ItemError(f"the line must be a JSON object, got {entry!r}.", reason="line unreadable")
         check_keys(entry, (*_LINE_KEYS, *QUERY_KEYS))

@@ -140,11 +140,22 @@ def _groups(shard: Path, skips: Skips) -> Iterator[tuple[str, dict[str, bytes]]]
                 content = tar.extractfile(info)
                 assert content is not None  # a regular file
                 key, members[ending] = name, content.read()
+        if not _is_whole(shard):
+            raise tarfile.ReadError("it was cut between two members")
     except (tarfile.TarError, OSError, EOFError) as error:
         skips.add_broken(str(shard), ItemError(f"the shard is damaged: {error}.", reason="shard broken"))
         return  # the members at hand may be incomplete
     if members:
         yield key, members
+
+
+def _is_whole(shard: Path) -> bool:
+    """Whether a plain tar file ends with its two empty blocks, which ``tarfile`` does not ask for."""
+    with shard.open("rb") as file:
+        if file.read(512)[257:262] != b"ustar":
+            return True  # compressed: decompression finds out; or empty
+        file.seek(-1024, os.SEEK_END)
+        return not any(file.read())
 
 
 def _record(key: str, members: dict[str, bytes], texts: str) -> Record:

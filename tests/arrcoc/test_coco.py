@@ -393,6 +393,10 @@ def test_missing_files(tmp_path: Path) -> None:
         ({"categories": None}, r"must have the lists images, annotations, categories; categories is missing"),
         ({"categories": [{"id": 3}]}, r"each of categories must have id, name, got \{'id': 3\}"),
         (
+            {"images": [{"id": 1, "file_name": "a", "height": "1", "width": 1}]},
+            r"each image must have a file_name and a height and width >= 1, got \{'id': 1",
+        ),
+        (
             {"images": [{"id": 1, "file_name": "a", "height": 1, "width": 1}] * 2},
             r"image ids must differ, got 2",
         ),

@@ -178,6 +178,14 @@ def test_a_data_set_counts_when_it_is_opened(tmp_path: Path) -> None:
         by_headers[1]
 
 
+def test_a_picture_that_was_replaced_since_is_not_used(tmp_path: Path) -> None:
+    path = save(tmp_path / "one.png", noise())
+    data = RecordDataset([record(image=path, size=(HEIGHT, WIDTH))])
+    save(path, noise(height=HEIGHT + 1))
+    with pytest.raises(ItemError, match=r"^one\.png: the picture has \(height, width\) \(41, 60\), annotated is \(40"):
+        data[0]
+
+
 @pytest.mark.parametrize("number", range(1, 7))
 def test_broken_items_stop_a_reader_that_was_not_told_to_skip(tmp_path: Path, number: int) -> None:
     one = broken_records(tmp_path)[number]
@@ -280,8 +288,9 @@ def test_the_order_depends_on_seed_and_epoch_alone() -> None:
     orders = [order(8), order(8, epoch=1), order(8, seed=1), order(100)]
     assert all(sorted(one) == names and one != names for one in orders)
     assert all(one != other for one, other in itertools.combinations(orders, 2))
-    # a buffer of 8 lets nothing out more than 8 places early
+    # a buffer of 8 lets nothing out more than 8 places early, and something late
     assert all(int(name) - place <= 8 for place, name in enumerate(orders[0]))
+    assert any(int(name) < place - 8 for place, name in enumerate(orders[0][:22]))
 
 
 def test_parts_see_everything_once() -> None:

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 _HALF_TYPES = (torch.float16, torch.bfloat16)
+_PLAIN = {Tensor, torch.nn.Parameter}
 
 
+@torch.no_grad()
 def norm(tensors: Sequence[Tensor], *, foreach: bool | None = None) -> Tensor:
     """Global Euclidean norm sqrt(sum |x|^2) over all entries of all tensors.
 
@@ -28,17 +31,19 @@ def norm(tensors: Sequence[Tensor], *, foreach: bool | None = None) -> Tensor:
     Returns:
         float32 or float64 tensor [] on the first tensor's device; NaN or infinity if an entry is; 0 for no tensors.
     """
-    tensors = [tensor.detach() for tensor in tensors if tensor.numel() > 0]
     if not tensors:
         return torch.zeros(())
-    total: Tensor = torch.linalg.vector_norm(torch.stack(_norms(tensors, 2.0, foreach)))
+    total: Tensor = torch.linalg.vector_norm(_norms(tensors, 2.0, foreach))
     if math.isfinite(total) and total > torch.finfo(torch.float32).tiny ** 0.5:
         return total
-    largest: Tensor = torch.stack(_norms(tensors, math.inf, foreach)).max()
+    tensors = [tensor for tensor in tensors if tensor.numel() > 0]
+    if not tensors:
+        return total
+    largest: Tensor = _norms(tensors, math.inf, foreach).max()
     if not math.isfinite(largest) or largest == 0:
         return largest
     shares = [_wide(tensor) / largest.to(tensor.device) for tensor in tensors]
-    return torch.mul(largest, torch.linalg.vector_norm(torch.stack(_norms(shares, 2.0, foreach))))
+    return torch.mul(largest, torch.linalg.vector_norm(_norms(shares, 2.0, foreach)))
 
 
 def scale(tensors: Sequence[Tensor], factor: float, *, foreach: bool | None = None) -> list[Tensor]:
@@ -124,11 +129,11 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _plain(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, torch.nn.Parameter)
+    return type(tensor) in _PLAIN
 
 
-def _norms(tensors: list[Tensor], order: float, foreach: bool | None) -> list[Tensor]:
-    """The norm of each tensor, [] each, on the first tensor's device."""
+def _norms(tensors: Sequence[Tensor], order: float, foreach: bool | None) -> Tensor:
+    """The norm of each tensor, [n], on the first tensor's device."""
 
     def dtype(tensor: Tensor) -> torch.dtype | None:
         return torch.float32 if tensor.dtype in _HALF_TYPES else None
@@ -139,7 +144,9 @@ def _norms(tensors: list[Tensor], order: float, foreach: bool | None) -> list[Te
         (tensors,),
         foreach=foreach,
     )
-    return [value.to(tensors[0].device) for value in norms]
+    if len({value.device for value in norms}) > 1:
+        norms = [value.to(norms[0].device) for value in norms]
+    return torch.stack(norms)
 
 
 def _apply(
@@ -151,9 +158,11 @@ def _apply(
 ) -> list[Tensor]:
     """Run the fused operation once a (device, dtype) group, or the single one once a tensor; results in input order."""
     if foreach is None:
-        foreach = all(_plain(tensor) for tensors in lists for tensor in tensors)
+        foreach = set(map(type, chain.from_iterable(lists))) <= _PLAIN
     if not foreach:
         return [single(*tensors) for tensors in zip(*lists, strict=True)]
+    if len({(tensor.device, tensor.dtype) for tensor in chain.from_iterable(lists)}) == 1:  # as good as always
+        return list(fused(*map(list, lists)) or lists[0])
     results = list(lists[0])
     for positions in _alike(lists):
         group = fused(*([tensors[i] for i in positions] for tensors in lists))

@@ -108,7 +108,8 @@ def find_moves(
         norm = _tensors.norm(together, foreach=foreach)
     length = float(norm)
     # A subnormal length would make rho / length infinite in the tensors' dtype, and infinity times zero is NaN.
-    limit = min((torch.finfo(torch.promote_types(t.dtype, torch.float32)).max for t in together), default=0.0)
+    dtypes = {tensor.dtype for tensor in together}
+    limit = min((torch.finfo(torch.promote_types(dtype, torch.float32)).max for dtype in dtypes), default=0.0)
 
     def factor(rule: L2Ascent) -> float:
         size = min(rule.rho / length, limit) if length != 0 else 0.0

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from sam_core import _tensors
 
+_CACHE_BYTES = 2**22
+
 
 @torch.no_grad()
 def perturb(
@@ -44,8 +46,10 @@ def perturb(
     for position, (param, move) in enumerate(zip(params, perturbation, strict=True)):
         if param.shape != move.shape:
             raise ValueError(f"perturbation {position} must have shape {list(param.shape)}, got {list(move.shape)}.")
-    backup = _tensors.clone(params, foreach=foreach)
-    _tensors.add_(params, perturbation, alpha=alpha, foreach=foreach)
+    backup: list[Tensor] = []
+    for run in _runs(params):
+        backup += _tensors.clone(params[run], foreach=foreach)
+        _tensors.add_(params[run], perturbation[run], alpha=alpha, foreach=foreach)
     return backup
 
 
@@ -96,3 +100,16 @@ def perturbed(
         yield
     finally:
         restore(params, backup, foreach=foreach)
+
+
+def _runs(params: Sequence[Tensor]) -> Iterator[slice]:
+    """Parts of the list that fit into a processor's cache, where the second look at a weight costs nothing."""
+    if not all(param.is_cpu for param in params):
+        yield slice(None)
+        return
+    start, num_bytes = 0, 0
+    for position, param in enumerate(params, start=1):
+        num_bytes += param.numel() * param.element_size()
+        if num_bytes >= _CACHE_BYTES or position == len(params):
+            yield slice(start, position)
+            start, num_bytes = position, 0

@@ -174,7 +174,7 @@ def add_flags(parser: argparse.ArgumentParser, settings: Any) -> None:
             f"--{leaf.flag.replace('_', '-')}",
             dest=_destination(leaf),
             default=argparse.SUPPRESS,
-            help=f"{leaf.text.rstrip('.')} (default: {_shown(leaf.default)})".replace("%", "%%"),
+            help=f"{leaf.text.rstrip('.').replace('``', '')} (default: {_shown(leaf.default)})".replace("%", "%%"),
             **_reading(leaf),
         )
 
@@ -192,6 +192,15 @@ def with_flags(settings: Settings, arguments: argparse.Namespace) -> Settings:
     return updated(settings, values)
 
 
+def as_markdown(settings: Any) -> str:
+    """A table of every value: its name in a file, its default and its meaning; a command line has the last name."""
+    rows = ["| setting | default | meaning |", "| --- | --- | --- |"]
+    for leaf in leaves(settings):
+        name = f"`{'.'.join(leaf.path)}`" + (f" (`--{leaf.flag}`)" if leaf.flag != leaf.path[-1] else "")
+        rows.append(f"| {name} | {_shown(leaf.default)} | {leaf.text.rstrip('.').replace('``', '`')} |")
+    return "\n".join(rows)
+
+
 def _destination(leaf: Leaf) -> str:
     return ".".join(("settings", *leaf.path))
 
@@ -199,6 +208,8 @@ def _destination(leaf: Leaf) -> str:
 def _shown(value: Any) -> str:
     if isinstance(value, tuple | list):
         return " ".join(map(str, value)) or "none"
+    if isinstance(value, bool):
+        return str(value).lower()
     return "none" if value is None or value in ({}, "") else str(value)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 
 from arrcoc.settings import (
     add_flags,
+    as_markdown,
     differences,
     documentation,
     leaves,
@@ -133,6 +136,14 @@ def test_every_setting_of_a_run_is_explained_and_has_a_flag_of_its_own() -> None
     flags = [leaf.flag for leaf in leaves(RunConfig())]
     assert len(flags) == len(set(flags)) > 50
     assert [leaf.path for leaf in leaves(RunConfig()) if not leaf.text] == []
+
+
+def test_the_page_on_training_shows_every_setting_and_a_file_that_is_right() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    assert as_markdown(RunConfig()) in page, "put what as_markdown(RunConfig()) gives into docs/training.md"
+    (example,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    config = updated(RunConfig(), tomllib.loads(example))
+    assert (config.train.optimizer, config.train.optimizer_options, config.overlays) == ("asam", {"eta": 0.01}, 6)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""What each dense mode costs, as a ratio to the library's plain forward of one picture: FLOPs and medians of one run.
+"""What each dense mode costs, as a ratio to the library's plain forward of one picture: FLOPs and processor time.
 
 The tower is open_clip's ViT-B-16 with random weights: cost does not depend on them. "Authors' code" is the ratio of
-FLOPs of each method's own code, counted in the same way.
+FLOPs of each method's own code, counted in the same way. Times are medians of one run in which all take turns.
 
 For example: python scripts/benchmarks/dense_modes.py
 """
@@ -52,7 +52,7 @@ def _measure(arguments: argparse.Namespace) -> None:
             whole = _flops(plain)
             flops = {mode: _flops(read) / whole for mode, read in modes.items()}
             first, *others = _interleaved([plain, *modes.values()], arguments.repeats)
-        print(f"{size} pixels: plain forward {whole / 1e9:.2f} GFLOP, {1000 * first:.0f} ms", file=sys.stderr)
+        print(f"{size} pixels: plain forward {whole / 1e9:.2f} GFLOP, {first:.2f} s", file=sys.stderr)
         for mode, seconds in zip(modes, others, strict=True):
             rows[mode] += [f"{flops[mode]:.2f}", f"{THEIRS[mode][number]:.2f}", f"{seconds / first:.2f}"]
     print("| mode | FLOPs at 224 | authors' code | time | FLOPs at 448 | authors' code | time |")
@@ -110,14 +110,14 @@ def _flops(forward: Callable[[], object]) -> int:
 
 
 def _interleaved(actions: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Median seconds of each action, run in turn so that what disturbs one disturbs all."""
+    """Median processor seconds of each action, run in turn so that what disturbs one disturbs all."""
     times: list[list[float]] = [[] for _ in actions]
     for repeat in range(repeats + 1):
         for action, seconds in zip(actions, times, strict=True):
-            started = time.perf_counter()
+            started = time.process_time()
             action()
             if repeat:  # the first is a warm-up
-                seconds.append(time.perf_counter() - started)
+                seconds.append(time.process_time() - started)
     return [statistics.median(seconds) for seconds in times]
 
 

@@ -229,7 +229,8 @@ class Backbone(nn.Module, ABC):
         The copy shares the memory of all other weights until one of the two is moved or cast. It keeps a graph in
         `forward` and `finish`, and its fingerprint is that of the weights it starts from. Parameters with
         ``requires_grad`` are those of the last blocks and of what follows them in the image tower. Every part stays in
-        eval mode: statistics of batch norms are frozen, and nothing is dropped.
+        eval mode: statistics of batch norms are frozen, and nothing is dropped. What serves the image embedding alone
+        (the last MLP, in modes without it) gets no gradient from patches.
 
         Args:
             num_blocks: transformer blocks, or stages of a convolutional tower, counted from the end; >= 1.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from arrcoc.backbones import OpenClipBackbone, load_backbone
 from arrcoc.backbones.open_clip_towers import check_config
-from tiny_open_clip import CONVOLUTION, VIT, build_model, timm_tower, write_folder
+from tiny_open_clip import COCA, CONVOLUTION, EVA02, SIGLIP, VIT, build_model, timm_tower, write_folder
 
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
@@ -280,6 +280,24 @@ def test_a_file_takes_the_activation_of_its_name_and_the_statistics_of_its_tags(
     assert backbone.mean == (0.1, 0.2, 0.3)
     assert backbone.fingerprint() == load_backbone("open_clip:tiny-vit/on_disk").fingerprint()
     assert activations(load_backbone(f"open_clip:tiny-vit-quickgelu/{weights}")) == {QuickGELU}
+
+
+@pytest.mark.parametrize("tower", [SIGLIP, COCA, EVA02], ids=["siglip", "coca", "eva02"])
+def test_files_of_other_towers_load_by_name(
+    tower: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = {**VIT["text_cfg"], **({"embed_cls": True, "output_tokens": True} if tower is COCA else {})}
+    folder = write_folder(tmp_path, {**tower, "text_cfg": text})
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", {**tower, "text_cfg": text})
+    file = folder / "open_clip_model.safetensors"
+    by_name = load_backbone(f"open_clip:tiny/{file}", mode="gem")
+    by_folder = load_backbone(f"open_clip:local-dir:{folder}", mode="gem")
+    assert by_name.fingerprint() == by_folder.fingerprint() and by_name.mode == "gem"
+    for name, value in load_file(file).items():
+        assert torch.equal(by_name.model.state_dict()[name], value), name
+    by_folder.mean, by_folder.std = by_name.mean, by_name.std  # a file says neither
+    images = random_images(24, 40)
+    torch.testing.assert_close(by_name(images).patches, by_folder(images).patches, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.usefixtures("known_to_open_clip")

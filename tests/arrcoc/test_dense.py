@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from arrcoc.backbones.dense import DEFAULT_MODE, MODES, Block, Last, neighbourhood
+from watch_operators import FusedAttention, Sizes
 
 WIDTH, HEADS = 12, 3
 GRID = (3, 5)
@@ -201,45 +199,17 @@ def test_the_neighbourhood_is_a_gaussian_of_the_distance_on_the_grid() -> None:
     assert bias[7, 2].item() == pytest.approx(math.exp(-1 / 50), rel=1e-6)
 
 
-class Sizes(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[str, torch.Size]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for value in made if isinstance(made, tuple | list) else (made,):
-            if isinstance(value, Tensor):
-                self.seen.append((str(func), value.shape))
-        return made
-
-
-class Calls(TorchFunctionMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fused = 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.fused += func is torch.nn.functional.scaled_dot_product_attention
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_no_matrix_of_attention_is_made(mode: str) -> None:
+    """naclip's Gaussian, [N, N] without batch and heads, is the one exception: it depends on the grid alone."""
     blocks, tokens = case(6, 2, torch.float32)
     blocks, num_tokens = blocks[: MODES[mode].num_blocks], tokens.shape[1]
-    with Calls() as calls, Sizes() as sizes:
+    with FusedAttention() as attention, Sizes() as sizes:
         read(mode, blocks, tokens, 2, 2)
-    token_axes = {num_tokens, num_tokens - 2}
-    maps = {name for name, shape in sizes.seen if sum(size in token_axes for size in shape) > 1}
-    # naclip's Gaussian, without batch and heads, is the one exception: it depends on the grid alone
-    assert (not maps) or (
-        mode == "naclip" and all(len(s) == 2 for _, s in sizes.seen if sum(x in token_axes for x in s) > 1)
-    )
-    assert (
-        calls.fused
-        == {"raw": 0, "maskclip": 1, "sclip": 3, "clearclip": 2, "naclip": 2, "surgery": 12, "gem": 42}[mode]
-    )
+    square = sizes.with_two_axes_of({num_tokens, num_tokens - 2})
+    assert not square or (mode == "naclip" and all(len(shape) == 2 for shape in square))
+    calls = {"raw": 0, "maskclip": 1, "sclip": 3, "clearclip": 2, "naclip": 2, "surgery": 12, "gem": 42}
+    assert attention.calls == calls[mode]
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -39,6 +39,7 @@ from tiny_open_clip import (
     build_model,
     timm_tower,
 )
+from watch_operators import FusedAttention, Sizes
 
 TRANSFORMERS = {
     "open_clip": VIT,
@@ -182,6 +183,20 @@ def test_positions_are_kept_resampled_and_widened() -> None:
     assert resample_positions(embedding.bfloat16(), (3, 4), (6, 2), 2).dtype == torch.float32
     constant = resample_positions(torch.ones(12, 5), (3, 4), (7, 9))
     torch.testing.assert_close(constant, torch.ones(63, 5))
+
+
+@pytest.mark.parametrize("kind", TRANSFORMERS)
+def test_no_tower_makes_a_matrix_of_attention(kind: str) -> None:
+    """The pooling heads attend from a few queries; their [queries, tokens] are no square of tokens."""
+    visual = visual_of(TRANSFORMERS[kind]).float()
+    for mode in MODES:
+        tower: Any = find_tower(visual, mode)
+        pixels = pixels_for(tower, (5, 7)).float()
+        with FusedAttention() as attention, Sizes() as sizes, torch.no_grad():
+            patches = tower(pixels)[0]
+        square = sizes.with_two_axes_of({35, 35 + tower.num_prefix})
+        assert patches.shape[1] == 35 and attention.calls >= tower.num_blocks
+        assert not square or (mode == "naclip" and all(len(shape) == 2 for shape in square))
 
 
 def test_weights_are_read_live() -> None:

@@ -193,7 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="go on with the run that is in --output")
     add("--on-error", choices=("raise", "skip"), default="raise", help="skip: list broken pictures in skipped.jsonl")
     add("--overlays", type=count, default=0, metavar="N", help="draw the first N pictures too (default: 0)")
-    add("--batch-size", type=positive, metavar="N", help="pictures scored together (default: 4 on a CPU, 32 elsewhere)")
+    add("--batch-size", type=positive, metavar="N", help="pictures scored together (default: 2 on a CPU, 32 elsewhere)")
     add("--part-size", type=positive, default=1000, metavar="N", help="pictures in a part file (default: 1000)")
     add("--workers", type=count, default=2, metavar="N", help="processes that decode pictures (default: 2)")
     add("--precision", choices=("float32", "float16"), default="float32", help="of the maps (default: float32)")

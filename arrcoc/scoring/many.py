@@ -99,7 +99,7 @@ def score_many(
             for none.
         precision: "float32" or "float16", of maps in Parquet; in JSON 6 or 4 decimals.
         logits: write the relevance logits too.
-        batch_size: pictures that go through the tower together, >= 1; None for 4 on a CPU, which larger batches slow
+        batch_size: pictures that go through the tower together, >= 1; None for 2 on a CPU, which larger batches slow
             down, and 32 elsewhere.
         part_size: pictures of a part, >= 1; a run that is cut loses less than one.
         num_workers: processes that decode and resize; 0 does it in this one.
@@ -121,7 +121,7 @@ def score_many(
     texts = None if queries is None else check_queries(queries)
     layout = Layout(precision=precision, logits=logits, kept=budget is not None)
     if batch_size is None:
-        batch_size = 4 if scorer.model.backbone.device.type == "cpu" else 32
+        batch_size = 2 if scorer.model.backbone.device.type == "cpu" else 32
     _check(format, on_error, batch_size, part_size, num_workers)
     settings = _identity(scorer) | {
         "queries": None if texts is None else list(texts),

@@ -95,7 +95,7 @@ class RunState:
 
     def add_part(self, num_pictures: int, num_records: int, skipped: Iterable[Skipped], digest: PartDigest) -> None:
         """Note that the next part is written."""
-        skipped = list(skipped)
+        skipped = sorted(skipped, key=lambda entry: entry.number)
         if skipped:
             path = self.folder / _SKIPPED
             before = path.read_text(encoding="utf-8") if path.exists() else ""

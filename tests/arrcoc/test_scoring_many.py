@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def test_the_global_generator_is_left_alone(pictures: list[Path], tmp_path: Path
 # ---- cut and resumed
 
 
-def run(inputs: list[Path], output: Path, scorer: RelevanceScorer | None = None, **options: Any) -> Any:
+def run(inputs: Sequence[Path | Record], output: Path, scorer: RelevanceScorer | None = None, **options: Any) -> Any:
     defaults: dict[str, Any] = {"num_workers": 0, "batch_size": 3, "part_size": 5, "budget": 3}
     return score_many(scorer or tiny_scorer(), inputs, QUERIES, output=output, **(defaults | options))
 
@@ -333,6 +334,17 @@ def test_other_ways_to_be_broken(record: Record, budget: int | None, reason: str
         score_many(tiny_scorer(), record, ["red"], output=tmp_path / "a", **options)
     summary = score_many(tiny_scorer(), record, ["red"], output=tmp_path / "b", on_error="skip", **options)
     assert summary.num_skipped == {reason: 1} and list(read_scores(tmp_path / "b")) == []
+
+
+def test_skipped_pictures_are_listed_in_order(tmp_path: Path) -> None:
+    """Some are found out before the tower, some after it."""
+    sizes = {0: (32, 8), 1: (32, 32), 3: (32, 8)}  # 4, 16 and 4 tokens
+    records = [Record(name=str(n), image=draw(n, size), queries={}) for n, size in sizes.items()]
+    records.insert(2, Record(name="2", image=b"words", queries={}))
+    summary = run(records, tmp_path, budget=5, on_error="skip")
+    lines = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert [(line["number"], line["image"]) for line in lines] == [(0, "0"), (2, "2"), (3, "3")]
+    assert summary.num_skipped == {"picture unreadable": 1, "budget above the grid": 2}
 
 
 def test_a_picture_without_a_query(pictures: list[Path], tmp_path: Path) -> None:

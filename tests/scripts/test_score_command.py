@@ -116,8 +116,10 @@ def test_shards_ask_for_themselves(spec: str, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for name in ("coffee", "rocket"):
             (tmp_path / "text").write_text(f"a {name}")
+            (tmp_path / "json").write_text('{"width": 8}')  # of another program
             tar.add(PHOTOS / f"{name}.jpg", f"{name}.jpg")
             tar.add(tmp_path / "text", f"{name}.txt")
+            tar.add(tmp_path / "json", f"{name}.json")
     options = ["--shard-texts", "txt", "--overlays", "1"]
     assert score(spec, tmp_path / "own", tmp_path / "0.tar", *options) == 0
     asked = [(record["image"], record["query"]) for record in read_scores(tmp_path / "own")]

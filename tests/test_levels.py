@@ -111,6 +111,7 @@ LEVELS: dict[str, dict[str, int]] = {
         "training.stopping": 0,
         "training.losses": 1,
         "training.checkpoint": 1,
+        "training.record_store": 0,
         "training.token_cache": 1,
         "training.run_log": 1,
         "training.calibration": 2,

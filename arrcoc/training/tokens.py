@@ -184,6 +184,9 @@ def encode_samples(
         TokenCacheWarning: if entries were damaged; they are encoded anew.
     """
     check_count("workers", workers, at_least=0)
+    BatchPlan(  # refuses bad settings before pictures are encoded, which takes a while
+        num_samples=1, batch_size=batch_size, num_queries=num_queries, seed=seed, rank=rank, num_ranks=num_ranks
+    )
     if isinstance(samples, Sequence) and not len(samples):
         raise ValueError("samples must hold at least one sample, got none.")
     if workers and not isinstance(samples, Sequence):

@@ -1,8 +1,8 @@
 """What training costs beside its floor, as ratios measured in turn in one run.
 
-The floor of a cached epoch is the head alone: forward, loss, backward and step on inputs that lie ready in memory. The
-floor of SAM with online tokens is AdamW, which makes one pass over the head where SAM makes two; the backbone runs once
-for both. An epoch is all that the trainer does in it.
+The floor of a cached epoch is the head alone: all passes over it, losses and steps, on inputs that lie ready in memory.
+The floor of SAM with online tokens is AdamW, which makes one pass over the head where SAM makes two; the backbone runs
+once for both. An epoch is all that the trainer does in it.
 
 For example: python scripts/benchmarks/training_cost.py
 """
@@ -147,7 +147,10 @@ def _epoch(model: RelevanceModel, batches: Any, config: TrainConfig) -> Measure:
 
 
 def _head_alone(model: RelevanceModel, ready: Sequence[Any], config: TrainConfig) -> Measure:
-    """Seconds of the head's own work in an epoch; the noise of the penalty is a part of the loss."""
+    """Seconds of the head's own work in an epoch: the steps, and the two passes that measure sharpness once.
+
+    The noise of the penalty is a part of the loss.
+    """
     import torch
 
     from arrcoc.model.robustness import perturb_tokens, relevance_change
@@ -177,6 +180,10 @@ def _head_alone(model: RelevanceModel, ready: Sequence[Any], config: TrainConfig
                 return loss
 
             optimizer.step(closure)
+        inputs, targets = ready[0]
+        torch.autograd.backward(loss_of(head(*inputs), targets))
+        with torch.no_grad():
+            loss_of(head(*inputs), targets)
         return time.perf_counter() - started
 
     return measure

@@ -80,7 +80,7 @@ def test_narrow_types_round_to_nearest_and_halve_the_size(tmp_path: Path, dtype:
     assert read.patches.dtype == torch.float32
     torch.testing.assert_close(read.patches, tokens(0).patches, rtol=error, atol=1e-7)
     assert not torch.equal(read.patches, tokens(0).patches)
-    assert next(cache.folder.glob("*.tokens")).stat().st_size == 17 * 3 * 2
+    assert next(cache.folder.glob("*.records")).stat().st_size == 17 * 3 * 2
 
 
 def test_other_weights_modes_scales_and_types_have_other_addresses(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_other_weights_modes_scales_and_types_have_other_addresses(tmp_path: Pat
 def test_what_an_interrupted_writer_left_is_passed_over(tmp_path: Path, torn: str) -> None:
     cache = filled(tmp_path, range(3))
     cache.close()
-    (index,), (part,) = cache.folder.glob("*.index"), cache.folder.glob("*.tokens")
+    (index,), (part,) = cache.folder.glob("*.index"), cache.folder.glob("*.records")
     lines, data = index.read_text(), part.read_bytes()
     if torn == "half a line":
         index.write_text(lines[:-4])
@@ -143,14 +143,14 @@ def test_a_writer_that_fails_in_the_middle_goes_on_in_another_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = filled(tmp_path, range(1))
-    from arrcoc.training import token_cache
+    from arrcoc.training import record_store
 
     def full_disk(file: object, data: bytes) -> None:
         file.write(data[: len(data) // 2])  # type: ignore[attr-defined]
         raise OSError("disk full")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
-        patch.setattr(token_cache, "_write", full_disk)
+        patch.setattr(record_store, "_write", full_disk)
         cache.put(key(1), tokens(1))
     assert key(1) not in cache
     cache.put(key(2), tokens(2))
@@ -163,7 +163,7 @@ def test_a_writer_that_fails_in_the_middle_goes_on_in_another_part(
 def test_a_damaged_entry_is_missing_and_can_be_written_again(tmp_path: Path, what: str) -> None:
     cache = filled(tmp_path, range(2))
     cache.close()
-    (index,), (part,) = cache.folder.glob("*.index"), cache.folder.glob("*.tokens")
+    (index,), (part,) = cache.folder.glob("*.index"), cache.folder.glob("*.records")
     damaged = 0
     if what == "record":
         data = bytearray(part.read_bytes())
@@ -205,7 +205,7 @@ def test_several_writers_do_not_meet_and_readers_see_all(tmp_path: Path) -> None
     read = reader.tokens([key(number) for number in numbers]).select(torch.arange(50))
     for patches, number in zip(read.patches, numbers, strict=True):
         assert torch.equal(patches, tokens(number).patches[0])
-    assert len(list(reader.folder.glob("*.tokens"))) == 3
+    assert len(list(reader.folder.glob("*.records"))) == 3
 
 
 def test_two_writers_that_choose_the_same_number_get_different_parts(
@@ -219,7 +219,7 @@ def test_two_writers_that_choose_the_same_number_get_different_parts(
     reader = TokenCache(tmp_path, tiny_model())
     read = reader.tokens([key(number) for number in range(6)]).select(torch.arange(6))
     assert torch.equal(read.patches, torch.cat([tokens(number).patches for number in range(6)]))
-    assert len(list(reader.folder.glob("*.tokens"))) == 2
+    assert len(list(reader.folder.glob("*.records"))) == 2
 
 
 def peak_memory() -> int:

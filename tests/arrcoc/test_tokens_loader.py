@@ -110,7 +110,7 @@ def test_workers_and_streams_give_the_same(tmp_path: Path, cached: bool) -> None
 def test_damaged_entries_are_encoded_anew_and_reported(tmp_path: Path, workers: int, stream: bool) -> None:
     model = tiny_model()
     expected = list(encode_samples(model, samples(), cache=tmp_path))
-    (part,) = TokenCache(tmp_path, model).folder.glob("*.tokens")
+    (part,) = TokenCache(tmp_path, model).folder.glob("*.records")
     data = bytearray(part.read_bytes())
     data[3] ^= 64
     part.write_bytes(data)
@@ -239,6 +239,8 @@ def test_bad_input(tmp_path: Path) -> None:
         TokenLoader(tokens, [("red",)], [torch.zeros(1, 16)] * 2)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="queries must hold at least one text for every sample"):
         TokenLoader(tokens, [("red",), ()], [torch.zeros(1, 16)] * 2)
+    passes = model.backbone.num_image_passes
     for name in ("batch_size", "num_queries", "num_ranks"):
         with pytest.raises(ValueError, match=f"{name} must be an integer >= 1, got 0"):
             encode_samples(model, samples(2), **{name: 0})  # type: ignore[arg-type]
+    assert model.backbone.num_image_passes == passes  # refused before anything is encoded

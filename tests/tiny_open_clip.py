@@ -90,12 +90,6 @@ def tiny_eva02(pretrained: bool = False, **given: Any) -> nn.Module:
 
 
 @register_model
-def tiny_eva02_post_norm(pretrained: bool = False, **given: Any) -> nn.Module:
-    """As EVA02-E: the norms come after attention and MLP."""
-    return _tiny(Eva, given, global_pool="token", use_post_norm=True)
-
-
-@register_model
 def tiny_average(pretrained: bool = False, **given: Any) -> nn.Module:
     """A plain mean behind the norm, queries and keys normalised, position-free prefix."""
     own = {"qk_norm": True, "fc_norm": False, "no_embed_class": True, "reg_tokens": 2, "init_values": 0.5}

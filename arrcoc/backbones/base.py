@@ -50,6 +50,7 @@ class Backbone(nn.Module, ABC):
         logit_scale: the model's own s in  s * similarity + b  (after exp, > 0).
         logit_bias: b, or None for models trained with a softmax.
         mean, std: channel statistics that the model was trained with, applied inside `forward`.
+        num_trained: last blocks that a `trainable_copy` owns, 0 for any other backbone.
     """
 
     model: nn.Module
@@ -65,6 +66,7 @@ class Backbone(nn.Module, ABC):
     logit_bias: float | None
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    num_trained: int
 
     def __init__(self) -> None:
         super().__init__()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -163,16 +164,35 @@ def test_a_tokenizer_of_another_model_is_refused() -> None:
             "ModifiedResNet is not supported. Towers that work:",
         ),
         (timm_tower("test_vit2", "max"), "timm VisionTransformer is not supported: it pools by 'max'. Towers that w"),
-        (timm_tower("test_vit_relpos", "avg"), "timm VisionTransformerRelPos is not supported: it is not a convolut"),
-        (timm_tower("tiny_eva02_post_norm", "token"), "timm Eva is not supported: its blocks are EvaBlockPostNorm"),
+        (
+            timm_tower("deit_tiny_distilled_patch16_224", "token"),
+            "timm VisionTransformerDistilled is not supported: it is not a convolutional tower",
+        ),
         (varied(CONVOLUTION, timm_pool="max"), "not a convolutional tower with average pooling"),
         (varied(CONVOLUTION, timm_model_name="resnet10t", timm_pool="abs_attn"), "timm ResNet is not supported"),
     ],
-    ids=["parallel", "cosine", "none", "resnet", "max", "relpos", "post norm", "maximum", "abs_attn"],
+    ids=["parallel", "cosine", "none", "resnet", "max", "distilled", "maximum", "abs_attn"],
 )
 def test_towers_that_are_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         wrap(config)
+
+
+def test_timm_transformers_with_other_parts_are_refused() -> None:
+    """What EVA02-E (norms behind), gated attention, mixed rotations and ViTamin (a convolution before) would be."""
+    changes: list[tuple[Callable[[Any], None], str]] = [
+        (lambda trunk: trunk.blocks.__setitem__(1, nn.Identity()), "its blocks are Identity"),
+        (lambda trunk: setattr(trunk.blocks[1], "attn", nn.Identity()), "its attention is Identity"),
+        (lambda trunk: setattr(trunk.blocks[1].attn, "gate", nn.Identity()), "its attention is gated or shares keys"),
+        (lambda trunk: setattr(trunk, "rope", nn.Identity()), "its positions are rotated by Identity"),
+        (lambda trunk: setattr(trunk, "patch_embed", nn.Identity()), "its patches come from Identity"),
+    ]
+    for change, reason in changes:
+        model: Any = build_model(EVA02)
+        change(model.visual.trunk)
+        model.eval()
+        with pytest.raises(ValueError, match=f"image tower timm Eva is not supported: {reason}.*Towers that work:"):
+            OpenClipBackbone(model, tokenize, spec="test", **PLAIN)
 
 
 @pytest.mark.parametrize("rest", ["EVA02-E-14/laion2b_s4b_b115k", "RN50/openai", "ViTamin-B/datacomp1b"])

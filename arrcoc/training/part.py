@@ -45,7 +45,7 @@ class Prepared:
         targets: [B, Q, N] in [0, 1].
         clean, noisy: what the head sees of tokens as they are and of perturbed ones, if the backbone is frozen.
         features: what the trained blocks see, if there are some, as the backbone gives it, and its grid.
-        noise: state of the noise's generator, so that every pass over the blocks draws the same.
+        noise_seed: of the noise that every pass over trained blocks draws anew, and the same.
         rows: which images of the whole batch these are, [B]; on one rank, all of them.
         size: images of the whole batch, over all ranks.
     """
@@ -55,7 +55,7 @@ class Prepared:
     clean: HeadInputs | None = None
     noisy: HeadInputs | None = None
     features: tuple[Tensor, tuple[int, int]] | None = None
-    noise: Tensor | None = None
+    noise_seed: int = 0
     rows: Tensor
     size: int
 
@@ -125,7 +125,8 @@ class TrainedPart:
             with self.autocast():
                 features, grid = self.model.backbone.encode_features(visual)
             features = features.to(self.model.backbone.dtype)  # what comes after need not be narrow
-            return replace(prepared, features=(features, grid), noise=noise.get_state())
+            seed = int(torch.randint(2**62, (), generator=noise))
+            return replace(prepared, features=(features, grid), noise_seed=seed)
         tokens = _on_device(visual if isinstance(visual, VisualTokens) else self._encode(visual), device)
         _check_targets(prepared.targets, tokens, queries)
         # One draw for all passes of an optimizer, so that they see the same loss surface.
@@ -140,9 +141,8 @@ class TrainedPart:
         tokens = self.model.backbone.finish(*prepared.features)
         _check_targets(prepared.targets, tokens, prepared.queries)
         clean, noisy = self._head_inputs(tokens, prepared.queries), None
-        if self.has_penalty and prepared.noise is not None:
-            generator = torch.Generator()
-            generator.set_state(prepared.noise)
+        if self.has_penalty:
+            generator = torch.Generator().manual_seed(prepared.noise_seed)
             noisy = self._head_inputs(self._perturbed(tokens, generator, prepared), prepared.queries)
         return clean, noisy
 

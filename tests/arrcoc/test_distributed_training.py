@@ -170,6 +170,32 @@ def test_all_ranks_start_from_the_weights_of_the_first(monkeypatch: pytest.Monke
     assert torch.equal(first, second)
 
 
+def test_the_head_is_calibrated_by_the_first_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the others would make of it, on another card perhaps."""
+
+    def calibrate(head: Any, batches: Any) -> None:
+        with torch.no_grad():
+            head.bias.add_(threading.get_ident() % 1000)
+
+    monkeypatch.setattr("arrcoc.training.state.calibrate_head", calibrate)
+    (first, _), (second, _) = run_as_ranks(2, lambda rank: train(rank, 2, TrainConfig()), monkeypatch)
+    assert torch.equal(first.head.bias, second.head.bias)
+
+
+def test_what_no_rank_uses_does_not_decay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A parameter without a gradient is left alone, as by one process: a gradient of zero would let it decay."""
+
+    def work(rank: int) -> Tensor:
+        model = tiny_model()
+        model.head.unused = torch.nn.Parameter(torch.ones(2))
+        data = encode_samples(model, samples(), batch_size=5, rank=rank, num_ranks=2)
+        train_relevance_model_with_sam(model, data, epochs=1, config=TrainConfig(weight_decay=0.5, lr=0.1))
+        return model.head.unused.detach()
+
+    for unused in run_as_ranks(2, work, monkeypatch):
+        assert torch.equal(unused, torch.ones(2))
+
+
 def test_choosing_samples_needs_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         ValueError, match="optimizer must not choose among samples on several ranks, got 'efficientsam'"

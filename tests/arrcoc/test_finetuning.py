@@ -130,6 +130,18 @@ def test_what_is_frozen_runs_once_a_batch(specs: dict[str, str], monkeypatch: py
     assert counts == {"encode_features": 3 + 3, "finish": 3 * 2 + 2 + 3}
 
 
+def test_noise_is_the_same_in_every_pass_and_new_in_every_batch(specs: dict[str, str]) -> None:
+    model = model_of(specs["vit"])
+    model.backbone = trainable(model.backbone, 1)
+    part = TrainedPart(model, config(penalty_weight=0.1), Ranks())
+    (batch,) = batches(model.backbone, 1)
+    generator = torch.Generator().manual_seed(0)
+    first, second = part.prepare(batch, generator), part.prepare(batch, generator)
+    noise = [noisy.patches - clean.patches for clean, noisy in map(part.head_inputs, (first, first, second))]
+    assert torch.equal(noise[0], noise[1])
+    assert (noise[0] - noise[2]).abs().max() > 0.01
+
+
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_blocks_learn_in_narrow_precision(precision: str, specs: dict[str, str]) -> None:
     model = model_of(specs["vit"])

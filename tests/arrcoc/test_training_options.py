@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -97,6 +98,20 @@ def test_a_resumed_run_is_the_uninterrupted_one(options: dict[str, Any], at: int
     logs = [(tmp_path / run / "log.jsonl").read_text() for run in "ab"]
     assert logs[0] == logs[1]
     assert len(logs[0].splitlines()) == (4 if config.patience else 5)
+
+
+def test_a_resume_takes_up_the_scale_of_the_loss(tmp_path: Path) -> None:
+    """It changes no bit of a step that does not overflow, but it decides which one does."""
+    config = TrainConfig(precision="float16", penalty_weight=0.0)
+    for folder, stops in (("a", [None]), ("b", [1, None])):
+        for number, stop_at in enumerate(stops):
+            model = tiny_model()
+            spoiled = Spoiled(loader(model), {1})  # every epoch halves the scale
+            options = {"evaluate": scores([0.0] * 3, stop_at), "resume": number > 0}
+            with contextlib.suppress(Stop):
+                train_without_calibration(model, spoiled, config, tmp_path / folder, epochs=3, **options)
+    a, b = (load_checkpoint(tmp_path / folder / "checkpoint.pt")["scaler"] for folder in "ab")
+    assert a == b and a["scale"] == 65536 / 2**3
 
 
 @pytest.mark.parametrize("name", ["precision", "ema_decay", "patience", "accumulation_steps", "schedule"])
@@ -274,10 +289,12 @@ def test_steps_that_are_not_finite_are_refused_or_skipped_and_counted(tmp_path: 
         train_without_calibration(tiny_model(), Spoiled(loader(model), {0, 1, 2}), config, tmp_path)
 
 
-def train_without_calibration(model: RelevanceModel, data: Any, config: TrainConfig, output: Path) -> list[Any]:
+def train_without_calibration(
+    model: RelevanceModel, data: Any, config: TrainConfig, output: Path, epochs: int = 1, **options: Any
+) -> list[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("arrcoc.training.state.calibrate_head", lambda head, batches: None)
-        return train_relevance_model_with_sam(model, data, epochs=1, config=config, output=output)
+        return train_relevance_model_with_sam(model, data, epochs=epochs, config=config, output=output, **options)
 
 
 # ---- averages and early stopping

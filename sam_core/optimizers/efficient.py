@@ -21,7 +21,9 @@ class EfficientSAM(TwoPassOptimizer):
     """ESAM: cheaper passes by weight and by sample.
 
     1. Draw a share of the parameter tensors; differentiate the mean loss at w by these alone, and move them:
-       e = rho g / ||g||, g over the drawn ones. Drawn before the backward, or nothing would be saved.
+       e = rho g / ||g||, g over the drawn ones. Drawn before the backward, or nothing would be saved. They are a run of
+       neighbours that starts anywhere and goes on with the first after the last: each tensor is drawn equally often,
+       and layers below the run need no backward. The paper draws coordinates, the authors' code single tensors.
     2. A forward without graph at w + e gives each sample's loss; keep the share of samples whose loss rose most.
     3. Forward and backward at w + e on these; the base optimizer steps all parameters.
 
@@ -127,8 +129,8 @@ class EfficientSAM(TwoPassOptimizer):
         params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         number = self._counters["seed"] * 0x9E3779B1 + self._counters["num_steps"]
         generator = torch.Generator().manual_seed(number % 2**32)  # it looks at 32 bits alone
-        order = torch.randperm(len(params), generator=generator).tolist()
-        return [params[i] for i in sorted(order[: _count(self.perturbation_ratio, len(params))])]
+        start = int(torch.randint(len(params), (), generator=generator)) if params else 0
+        return [*params[start:], *params[:start]][: _count(self.perturbation_ratio, len(params))]
 
     def _select(self, closure: Callable[..., Any], losses: Tensor) -> Tensor | None:
         """Samples whose loss rises most from w to w + e; None for all."""

@@ -136,8 +136,8 @@ def looksam(r: Reference) -> None:
 
 
 def efficientsam(r: Reference) -> None:
-    order = torch.randperm(len(r.w), generator=torch.Generator().manual_seed(r.steps)).tolist()
-    drawn = order[: math.ceil(r.perturbation_ratio * len(order))]
+    count, start = len(r.w), torch.randint(len(r.w), (), generator=torch.Generator().manual_seed(r.steps))
+    drawn = [(start + i) % count for i in range(math.ceil(r.perturbation_ratio * count))]
     g = [x if i in drawn else torch.zeros_like(x) for i, x in enumerate(r.grad(r.w))]
     w_e = plus(r.w, times(r.rho, unit(g)))
     rises = (r.sample_losses(w_e) - r.sample_losses(r.w)).detach()

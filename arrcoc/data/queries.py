@@ -148,7 +148,7 @@ def absent_names(
 
     Args:
         vocabulary: names to choose from; all that could be in the picture must have been looked for.
-        present: names that are in the picture.
+        present: names that are in the picture, in letters of any case.
         count: how many; fewer are given if there are fewer.
         key: names the picture, e.g. its id.
         synonyms: name -> other names of the same; a synonym of what is present is not absent.
@@ -157,9 +157,10 @@ def absent_names(
         ValueError: if count is not a whole number >= 0.
     """
     check_count("count", count, at_least=0)
-    found = set(present)
+    found = {name.casefold() for name in present}
     for name, others in (synonyms or {}).items():
-        same = {name, *others}
-        if same & set(present):
+        same = {other.casefold() for other in (name, *others)}
+        if not same.isdisjoint(name.casefold() for name in present):
             found |= same
-    return tuple(sorted(set(vocabulary) - found, key=lambda name: (hash_fraction(f"{key}/{name}"), name))[:count])
+    absent = {name for name in vocabulary if name.casefold() not in found}
+    return tuple(sorted(absent, key=lambda name: (hash_fraction(f"{key}/{name}"), name))[:count])

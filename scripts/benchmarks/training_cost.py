@@ -55,31 +55,32 @@ def _measure(arguments: argparse.Namespace) -> None:
     adamw, sam = TrainConfig(optimizer="none", penalty_weight=0.0), TrainConfig(penalty_weight=0.0)
     with tempfile.TemporaryDirectory() as temporary:
         loader = _cached(arguments, model, arguments.cache or temporary)
-        print(f"\na batch of an epoch          cached   head alone   ratio   (bar {BAR})")
         ready = _ready(model, loader)
+        print(f"\na batch of an epoch          cached   head alone   ratio   (bar {BAR})")
         for name, config in {
             "AdamW": adamw,
             "AdamW, penalty": replace(adamw, penalty_weight=penalty),
             "SAM": sam,
             "SAM, penalty": replace(sam, penalty_weight=penalty),
         }.items():
-            cached, alone, ratio = _in_turn(
-                _epoch(model, loader, config), _head_alone(model, ready, config), arguments.repeats
-            )
-            print(f"{name:<23} {_ms(cached, len(loader))}  {_ms(alone, len(loader))}   {ratio:5.2f}", flush=True)
+            alone = _HeadAlone(model, ready, config)
+            measure = _epoch(model, loader, config, alone)
+            pairs = [(measure(), alone.seconds) for _ in range(arguments.repeats + 1)]
+            print(f"{name:<23} {_summary(pairs, len(loader))}", flush=True)
 
-        print("\nSAM / AdamW, an epoch of")
-        _, _, ratio = _in_turn(_epoch(model, loader, sam), _epoch(model, loader, adamw), arguments.repeats)
-        print(f"  cached tokens                                 {ratio:5.2f}", flush=True)
+        print("\na batch of an epoch             SAM        AdamW   ratio")
+        pairs = _in_turn(_epoch(model, loader, sam), _epoch(model, loader, adamw), arguments.repeats)
+        print(f"cached tokens           {_summary(pairs, len(loader))}", flush=True)
     images = list(ImageLoader.for_model(model, Scenes(arguments.num_online), batch_size=arguments.batch_size))
     for title, blocks, weight in (
-        (f"  online tokens                     (bar {BAR})", 0, 0.0),
-        (f"  online tokens, penalty            (bar {BAR})", 0, penalty),
-        ("  online tokens, last block trained with the head", 1, 0.0),
+        ("online tokens", 0, 0.0),
+        ("online tokens, penalty", 0, penalty),
+        ("last block trained", 1, 0.0),
     ):
         one, other = (replace(config, train_blocks=blocks, penalty_weight=weight) for config in (sam, adamw))
-        _, _, ratio = _in_turn(_epoch(model, images, one), _epoch(model, images, other), min(3, arguments.repeats))
-        print(f"{title:<47} {ratio:5.2f}", flush=True)
+        pairs = _in_turn(_epoch(model, images, one), _epoch(model, images, other), min(3, arguments.repeats))
+        bar = "" if blocks else f"   (bar {BAR})"
+        print(f"{title:<23} {_summary(pairs, len(images))}{bar}", flush=True)
 
 
 def _cached(arguments: argparse.Namespace, model: RelevanceModel, folder: str) -> TokenLoader:
@@ -107,10 +108,11 @@ class _EndOfEpochError(Exception):
 
 
 class _Clocked:
-    """Batches that note when their epoch begins."""
+    """Batches that note when their epoch begins, and how long something else took between them."""
 
-    def __init__(self, batches: Any) -> None:
-        self.batches, self.started = batches, 0.0
+    def __init__(self, batches: Any, aside: _HeadAlone | None) -> None:
+        self.batches, self.aside = batches, aside
+        self.started, self.paused = 0.0, 0.0
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -119,19 +121,23 @@ class _Clocked:
         self.started = time.perf_counter()
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self.batches)
+        iterator = iter(self.batches)
+        for number in range(len(self)):
+            if self.aside is not None:
+                self.paused += self.aside.step(number)
+            yield next(iterator)
 
 
-def _epoch(model: RelevanceModel, batches: Any, config: TrainConfig) -> Measure:
-    """Seconds of the first epoch of a training run."""
+def _epoch(model: RelevanceModel, batches: Any, config: TrainConfig, aside: _HeadAlone | None = None) -> Measure:
+    """Seconds of the first epoch of a training run, without what is done aside in its pauses."""
     from arrcoc import train_relevance_model_with_sam
 
     def measure() -> float:
-        clocked, backbone, seconds = _Clocked(batches), model.backbone, 0.0
+        clocked, backbone, seconds = _Clocked(batches, aside), model.backbone, 0.0
 
         def stop(*_: Any) -> None:
             nonlocal seconds
-            seconds = time.perf_counter() - clocked.started
+            seconds = time.perf_counter() - clocked.started - clocked.paused
             raise _EndOfEpochError
 
         model.head = _head(model)
@@ -146,47 +152,67 @@ def _epoch(model: RelevanceModel, batches: Any, config: TrainConfig) -> Measure:
     return measure
 
 
-def _head_alone(model: RelevanceModel, ready: Sequence[Any], config: TrainConfig) -> Measure:
-    """Seconds of the head's own work in an epoch: the steps, and the two passes that measure sharpness once.
+class _HeadAlone:
+    """The head's own work in an epoch: the steps, and the two passes that measure sharpness once.
 
+    It is done batch by batch in the pauses of the epoch that it is compared with, so what disturbs one disturbs both.
     The noise of the penalty is a part of the loss.
+
+    Attributes:
+        seconds: what the last epoch took.
     """
-    import torch
 
-    from arrcoc.model.robustness import perturb_tokens, relevance_change
-    from arrcoc.training.losses import relevance_loss
+    def __init__(self, model: RelevanceModel, ready: Sequence[Any], config: TrainConfig) -> None:
+        self.model, self.ready, self.config = model, ready, config
+        self.seconds = 0.0
 
-    def measure() -> float:
-        head, loss_of = _head(model), relevance_loss(config.loss)
-        optimizer = config.make_optimizer([{"params": list(head.parameters())}])
-        noise = torch.Generator().manual_seed(0)
+    def step(self, number: int) -> float:
+        """Seconds of the work on batch ``number``; 0 begins an epoch."""
+        if number == 0:
+            self._begin()
         started = time.perf_counter()
-        for (patches, queries, similarity), targets in ready:
-            noisy = perturb_tokens(patches, config.input_radius, noise) if config.penalty_weight else None
+        self._step(*self.ready[number])
+        if number == 0:
+            self._measure_sharpness(*self.ready[number])
+        seconds = time.perf_counter() - started
+        self.seconds += seconds
+        return seconds
 
-            def closure(
-                patches: Any = patches,
-                queries: Any = queries,
-                similarity: Any = similarity,
-                targets: Any = targets,
-                noisy: Any = noisy,
-            ) -> Any:
-                logits = head(patches, queries, similarity)
-                loss = loss_of(logits, targets)
-                if noisy is not None:
-                    change = relevance_change(torch.sigmoid(logits), torch.sigmoid(head(noisy, queries, similarity)))
-                    loss = loss + config.penalty_weight * change
-                torch.autograd.backward(loss)
-                return loss
+    def _begin(self) -> None:
+        import torch
 
-            optimizer.step(closure)
-        inputs, targets = ready[0]
-        torch.autograd.backward(loss_of(head(*inputs), targets))
+        from arrcoc.training.losses import relevance_loss
+
+        self.head, self.loss = _head(self.model), relevance_loss(self.config.loss)
+        self.optimizer = self.config.make_optimizer([{"params": list(self.head.parameters())}])
+        self.noise, self.seconds = torch.Generator().manual_seed(0), 0.0
+
+    def _step(self, inputs: tuple[Any, Any, Any], targets: Any) -> None:
+        import torch
+
+        from arrcoc.model.robustness import perturb_tokens, relevance_change
+
+        patches, queries, similarity = inputs
+        weight = self.config.penalty_weight
+        noisy = perturb_tokens(patches, self.config.input_radius, self.noise) if weight else None
+
+        def closure() -> Any:
+            logits = self.head(patches, queries, similarity)
+            loss = self.loss(logits, targets)
+            if noisy is not None:
+                changed = self.head(noisy, queries, similarity)
+                loss = loss + weight * relevance_change(torch.sigmoid(logits), torch.sigmoid(changed))
+            torch.autograd.backward(loss)
+            return loss
+
+        self.optimizer.step(closure)
+
+    def _measure_sharpness(self, inputs: tuple[Any, Any, Any], targets: Any) -> None:
+        import torch
+
+        torch.autograd.backward(self.loss(self.head(*inputs), targets))
         with torch.no_grad():
-            loss_of(head(*inputs), targets)
-        return time.perf_counter() - started
-
-    return measure
+            self.loss(self.head(*inputs), targets)
 
 
 def _ready(model: RelevanceModel, batches: Iterable[Any]) -> list[Any]:
@@ -207,11 +233,16 @@ def _head(model: RelevanceModel) -> Any:
     return RelevanceHead(HeadConfig(embed_dim=model.backbone.embed_dim, text_rank=32))
 
 
-def _in_turn(first: Measure, second: Measure, repeats: int) -> tuple[float, float, float]:
-    """Medians of two measurements and of the ratio of neighbours, for what disturbs one disturbs the other."""
-    pairs = [(first(), second()) for _ in range(repeats + 1)][1:]  # without the first, which warms up
-    medians = [statistics.median(column) for column in zip(*pairs, strict=True)]
-    return medians[0], medians[1], statistics.median(one / other for one, other in pairs)
+def _in_turn(first: Measure, second: Measure, repeats: int) -> list[tuple[float, float]]:
+    """Two measurements in turn, so that what disturbs one disturbs the other."""
+    return [(first(), second()) for _ in range(repeats + 1)]
+
+
+def _summary(pairs: Sequence[tuple[float, float]], num_batches: int) -> str:
+    """Medians of both, a batch, and of the ratio of neighbours; the first pair warms up and does not count."""
+    first, second = (statistics.median(column) for column in zip(*pairs[1:], strict=True))
+    ratio = statistics.median(one / other for one, other in pairs[1:])
+    return f"{_ms(first, num_batches)}  {_ms(second, num_batches)}   {ratio:5.2f}"
 
 
 def _ms(seconds: float, parts: int) -> str:

@@ -163,11 +163,22 @@ def documentation(kind: type) -> dict[str, str]:
     return texts
 
 
-def add_flags(parser: argparse.ArgumentParser, settings: Any) -> None:
-    """Give a parser a flag for every value; what is not given on the command line is absent from the namespace."""
+def add_flags(
+    parser: argparse.ArgumentParser, settings: Any, *, only: str | None = None, without: Collection[str] = ()
+) -> None:
+    """Give a parser a flag for every value; what is not given on the command line is absent from the namespace.
+
+    Args:
+        parser: gets the flags, in a group for each section.
+        settings: their types, defaults and meanings.
+        only: the one section that gets flags; all of them if None.
+        without: flags that are left out, by the names of their values.
+    """
     groups: dict[tuple[str, ...], Any] = {(): parser}
     for leaf in leaves(settings):
         section = leaf.path[:-1]
+        if leaf.path[-1] in without or (only is not None and section != (only,)):
+            continue
         if section not in groups:
             groups[section] = parser.add_argument_group(".".join(section))
         groups[section].add_argument(

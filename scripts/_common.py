@@ -31,6 +31,7 @@ def add_scorer_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", default="embedded", help="backbone, e.g. open_clip:ViT-B-16/openai, or a folder (default: embedded)")
     add("--head", default="default", help="default, none (zero-shot) or a folder (default: default)")
+    add("--mode", help="how patch tokens are read off a transformer, e.g. clearclip (default: the backbone's own)")
     add("--scales", type=float, nargs="+", default=[1.0], metavar="S", help="sizes at which the picture is seen")
     add("--device", help=DEVICE_HELP)
 
@@ -41,7 +42,11 @@ def load_scorer(arguments: argparse.Namespace) -> RelevanceScorer:
 
     check_device(arguments.device)
     return arrcoc.load_scorer(
-        arguments.model, head=head_argument(arguments.head), device=arguments.device, scales=tuple(arguments.scales)
+        arguments.model,
+        head=head_argument(arguments.head),
+        device=arguments.device,
+        mode=arguments.mode,
+        scales=tuple(arguments.scales),
     )
 
 
@@ -58,12 +63,6 @@ def check_device(device: str | None) -> None:
 def head_argument(text: str) -> str | None:
     """The head argument of load_scorer from that of a command line, where "none" is zero-shot."""
     return None if text == "none" else text
-
-
-def coco_path(data: str) -> str | None:
-    """PATH of ``coco:PATH``; None for anything else."""
-    kind, _, path = data.partition(":")
-    return path if kind == "coco" and path else None
 
 
 def positive(text: str) -> int:

@@ -12,6 +12,12 @@ from arrcoc.evaluation.metrics import (
     token_labels,
     top_k_overlap,
 )
+from arrcoc.evaluation.orientation import (
+    OrientationEstimate,
+    OrientationWarning,
+    check_orientation,
+    estimate_orientation,
+)
 from arrcoc.evaluation.perturbations import (
     CORRUPTIONS,
     SEVERITIES,
@@ -36,6 +42,11 @@ __all__ = [  # noqa: RUF022 - in the order of the imports above
     "format_table",
     "plot",
     "save_report",
+    # the sign of a backbone
+    "estimate_orientation",
+    "check_orientation",
+    "OrientationEstimate",
+    "OrientationWarning",
     # metrics
     "token_labels",
     "average_precision",

@@ -15,6 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -26,10 +27,15 @@ from arrcoc.images import load_image, to_tensor
 from arrcoc.model.similarity import level_similarity
 
 MIN_IMAGES, MIN_QUERIES = 4, 8  # below these a bootstrap over pictures says nothing
+_A_HANDFUL = 32
 
 
 class OrientationWarning(UserWarning):
     """Masks contradict the orientation that a backbone declares."""
+
+
+class TooFewMasksError(ValueError):
+    """There are too few masks to judge an orientation by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +87,7 @@ def estimate_orientation(
         The estimate; nothing is changed.
 
     Raises:
-        ValueError: if there are fewer than 8 usable queries or they lie in fewer than 4 pictures.
+        TooFewMasksError: if there are fewer than 8 usable queries or they lie in fewer than 4 pictures; a ValueError.
 
     Example:
         >>> estimate = estimate_orientation(backbone, arrcoc.data.sample_photos())  # doctest: +SKIP
@@ -106,7 +112,7 @@ def estimate_orientation(
 
     num_queries = sum(len(values) for values in positive)
     if num_queries < MIN_QUERIES or len(positive) < MIN_IMAGES:
-        raise ValueError(
+        raise TooFewMasksError(
             f"samples must hold at least {MIN_QUERIES} queries with a mask in at least {MIN_IMAGES} pictures, got "
             f"{num_queries} in {len(positive)} ({num_skipped} left out: absent, or covering every token)."
         )
@@ -165,6 +171,18 @@ def check_orientation(
             stacklevel=2,
         )
     return estimate
+
+
+def check_first(backbone: Backbone | torch.nn.Module, samples: Iterable[RelevanceSample]) -> OrientationEstimate | None:
+    """`check_orientation` on the first 32 samples, which is what a command does before it trusts a sign.
+
+    Returns:
+        The estimate; None if the masks are too few.
+    """
+    try:
+        return check_orientation(backbone, islice(samples, _A_HANDFUL))
+    except TooFewMasksError:
+        return None
 
 
 def _backbone_of(model: Backbone | torch.nn.Module) -> Backbone:

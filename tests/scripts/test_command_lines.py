@@ -129,7 +129,7 @@ def test_evaluation_on_scenes_needs_no_output(trained: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--data", "pictures"], "error: --data must be scenes, photos or coco:PATH, got 'pictures'."),
+        (["--data", "pictures"], "error: data must be one of scenes, coco:PATH"),
         (["--data", "coco:/no/such"], "error: path must be a folder with images/ in it, got '/no/such'."),
         (["--severity", "6"], "error: argument --severity: invalid choice: "),
         (["--model", "embeded"], "error: backbone must be"),
@@ -147,7 +147,7 @@ def test_evaluation_refuses(options: list[str], message: str, capsys: pytest.Cap
     [
         ("train_relevance", ("open_clip", "transformers", "timm", "matplotlib")),  # its flags are its settings: torch
         ("score_tokens", ("torch",)),
-        ("evaluate_robustness", ("torch",)),
+        ("evaluate_robustness", ("open_clip", "transformers", "timm", "matplotlib")),
     ],
 )
 def test_help_is_quick(name: str, heavy: tuple[str, ...]) -> None:

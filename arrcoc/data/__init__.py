@@ -13,16 +13,20 @@ webdataset     stream_shards, iterate_shards: tar files
 writers        write_manifest, write_shards: any data set as one of these
 
 records        Record, RecordDataset: what all readers share; streams: RecordStream
-selection      Selection: splits, limits, absent queries; splits: split_by_image
+selection      Selection: splits, limits, absent queries; splits: split_by_image, Splits and their file
+augment        RelevanceAugmentation: random changes that keep masks and queries true
+queries        QueryVariants: templates and synonyms; absent_names
 regions        Region: a mask picture, boxes, polygons or run lengths as a mask (masks); pictures: stored pictures
 skips          Skips, ItemError: what was not used and why
 """
 
+from arrcoc.data.augment import RelevanceAugmentation
 from arrcoc.data.coco import CocoFolder
 from arrcoc.data.folder import FolderDataset
 from arrcoc.data.hugging_face import HuggingFaceDataset, stream_hugging_face
 from arrcoc.data.manifest import ManifestDataset, read_manifest, stream_manifest
 from arrcoc.data.photos import sample_photos
+from arrcoc.data.queries import QueryVariants
 from arrcoc.data.records import Record, RecordDataset
 from arrcoc.data.regions import Region
 from arrcoc.data.sample import RelevanceDataset, RelevanceSample, coverage
@@ -30,7 +34,7 @@ from arrcoc.data.scenes import Scenes
 from arrcoc.data.selection import Selection
 from arrcoc.data.skips import ItemError, Skips
 from arrcoc.data.spec import DataConfig, load_data
-from arrcoc.data.splits import split_by_image
+from arrcoc.data.splits import Splits, read_splits, split_by_image, write_splits
 from arrcoc.data.streams import RecordStream
 from arrcoc.data.webdataset import iterate_shards, stream_shards
 from arrcoc.data.writers import write_manifest, write_shards
@@ -42,19 +46,23 @@ __all__ = [
     "HuggingFaceDataset",
     "ItemError",
     "ManifestDataset",
+    "QueryVariants",
     "Record",
     "RecordDataset",
     "RecordStream",
     "Region",
+    "RelevanceAugmentation",
     "RelevanceDataset",
     "RelevanceSample",
     "Scenes",
     "Selection",
     "Skips",
+    "Splits",
     "coverage",
     "iterate_shards",
     "load_data",
     "read_manifest",
+    "read_splits",
     "sample_photos",
     "split_by_image",
     "stream_hugging_face",
@@ -62,4 +70,5 @@ __all__ = [
     "stream_shards",
     "write_manifest",
     "write_shards",
+    "write_splits",
 ]

@@ -11,8 +11,9 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -108,9 +109,9 @@ class RelevanceAugmentation:
         check_in("lost", self.lost, ("absent", "drop"))
         if self.min_kept == 0:
             raise ValueError(f"min_kept must be > 0, got {self.min_kept!r}.")
-        if not 0 < self.zoom[0] <= self.zoom[1] < math.inf:
+        if not (_is_pair(self.zoom) and 0 < self.zoom[0] <= self.zoom[1] < math.inf):
             raise ValueError(f"zoom must be (smallest, largest), both > 0, got {self.zoom!r}.")
-        if not 0 < self.crop[0] <= self.crop[1] <= 1:
+        if not (_is_pair(self.crop) and 0 < self.crop[0] <= self.crop[1] <= 1):
             raise ValueError(f"crop must be (smallest, largest), both in (0, 1], got {self.crop!r}.")
         if not 1 <= self.stretch < math.inf:
             raise ValueError(f"stretch must be >= 1, got {self.stretch!r}.")
@@ -194,6 +195,10 @@ class RelevanceAugmentation:
         if compressed and self.jpeg < 100:
             image = _jpeg(image, round(quality))
         return image
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, Sequence) and len(value) == 2 and all(isinstance(part, Real) for part in value)
 
 
 def _jpeg(image: Tensor, quality: int) -> Tensor:

@@ -197,6 +197,8 @@ def test_the_generator_alone_decides() -> None:
         ({"zoom": (0, 1)}, r"zoom must be \(smallest, largest\), both > 0, got \(0, 1\)"),
         ({"crop": (0.8, 1.2)}, r"crop must be \(smallest, largest\), both in \(0, 1\], got \(0.8, 1.2\)"),
         ({"crop": (0.8, 0.5)}, r"crop must be \(smallest, largest\)"),
+        ({"crop": 0.5}, r"crop must be \(smallest, largest\), both in \(0, 1\], got 0.5"),
+        ({"zoom": [1]}, r"zoom must be \(smallest, largest\), both > 0, got \[1\]"),
         ({"stretch": 0.5}, "stretch must be >= 1, got 0.5"),
         ({"min_kept": 0}, "min_kept must be > 0, got 0"),
         ({"lost": "keep"}, "lost must be one of 'absent', 'drop', got 'keep'"),

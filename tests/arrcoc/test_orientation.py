@@ -14,7 +14,7 @@ from sklearn.metrics import average_precision_score
 
 from arrcoc import RelevanceModel, load_scorer
 from arrcoc.data import RelevanceSample, sample_photos
-from arrcoc.evaluation.orientation import OrientationWarning, check_orientation, estimate_orientation
+from arrcoc.evaluation.orientation import OrientationWarning, check_first, check_orientation, estimate_orientation
 from models import TinyBackbone
 
 COLOURS = ("red", "green", "blue")
@@ -133,6 +133,16 @@ def test_a_wrong_sign_is_reported() -> None:
         estimate = check_orientation(RelevanceModel(backbone), SCENES)
     backbone.orientation = estimate.orientation
     assert check_orientation(backbone, SCENES).agrees
+
+
+def test_a_command_checks_the_first_samples_if_there_are_masks_enough() -> None:
+    backbone = TinyBackbone(logit_bias=None)
+    scenes = [coloured_scene(seed) for seed in range(40)]
+    seen = []
+    estimate = check_first(backbone, (seen.append(number) or scene for number, scene in enumerate(scenes)))
+    assert estimate is not None and estimate.orientation == 1
+    assert seen == list(range(32))
+    assert check_first(backbone, scenes[:3]) is None
 
 
 def test_what_is_refused() -> None:

@@ -126,6 +126,19 @@ def test_evaluation_on_scenes_needs_no_output(trained: Path, capsys: pytest.Capt
     assert "1 pictures" in capsys.readouterr().out
 
 
+def test_evaluation_splits_as_training_did(spec: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = f"coco:{asset_path('photos')}"
+    run, reading = str(tmp_path / "run"), ["--val-share", "0.6", "--split-seed", "1", "--max-coverage", "0.8"]
+    assert train_relevance.main(["--model", spec, "--data", data, "--output", run, *SMALL, *reading]) == 0
+    names = json.loads((tmp_path / "run" / "splits.json").read_text())["names"]
+    capsys.readouterr()
+    assert evaluate_robustness.main(["--model", run, "--data", data, "--split", "val"]) == 0
+    assert f"{len(names['val'])} pictures" in capsys.readouterr().out
+    # Its own flags go before those of the run.
+    assert evaluate_robustness.main(["--model", run, "--data", data, "--split", "val", "--val-share", "0.99"]) == 0
+    assert f"{len(names['train'] + names['val'])} pictures" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -99,7 +99,7 @@ class RunState:
         if skipped:
             path = self.folder / _SKIPPED
             before = path.read_text(encoding="utf-8") if path.exists() else ""
-            lines = [json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in skipped]
+            lines = [json.dumps(asdict(entry)) + "\n" for entry in skipped]
             write_text(path, before + "".join(lines))
         self.num_pictures += num_pictures
         self.num_records += num_records

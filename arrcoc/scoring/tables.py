@@ -83,11 +83,14 @@ def write_jsonl(path: Path, scores: Sequence[Score], layout: Layout) -> None:
                 record["logits"] = rounded(score.logits)
             if score.kept is not None:
                 record["kept"] = score.kept.tolist()
-            file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+            file.write(json.dumps(record, allow_nan=False) + "\n")
 
 
 def write_parquet(path: Path, scores: Sequence[Score], layout: Layout) -> None:
-    """Scores as Parquet, atomically; maps are row-major lists."""
+    """Scores as Parquet, atomically; maps are row-major lists.
+
+    Bytes of a file's name that are not UTF-8, which JSON can hold and Parquet cannot, are written as ``\\udcXX``.
+    """
     pa, parquet = import_pyarrow()
     real = np.dtype(layout.precision)
 
@@ -98,7 +101,7 @@ def write_parquet(path: Path, scores: Sequence[Score], layout: Layout) -> None:
 
     columns = {
         "number": pa.array([score.number for score in scores], pa.int64()),
-        "image": pa.array([score.image for score in scores], pa.string()),
+        "image": pa.array([score.image.encode(errors="backslashreplace") for score in scores]).cast(pa.string()),
         "query": pa.array([score.query for score in scores], pa.string()),
         "grid": lists([score.relevance.shape for score in scores], np.int32),
         "peak": pa.array([score.relevance.max().item() for score in scores], pa.float32()),

@@ -86,6 +86,21 @@ def test_each_picture_has_its_own_queries_unless_there_are_some_for_all(tmp_path
     assert [record["query"] for record in read_scores(tmp_path / "all")] == ["blue", "blue"]
 
 
+@pytest.mark.parametrize("format", ["jsonl", "parquet"])
+def test_names_of_any_bytes(tmp_path: Path, format: str) -> None:
+    path = tmp_path / os.fsdecode(b"f\xff\xe2\x80\xa8.png")  # not UTF-8, and with a line separator
+    draw(0, (8, 8)).save(path.with_name("a.png"))
+    path.with_name("a.png").rename(path)
+    path.with_name(path.name + "x.png").write_bytes(b"words")
+    options: dict[str, Any] = {"format": format, "on_error": "skip", "part_size": 1, "num_workers": 1}
+    score_many(tiny_scorer(), tmp_path, ["red"], output=tmp_path / "out", **options)
+    score_many(tiny_scorer(), tmp_path, ["red"], output=tmp_path / "out", resume=True, **options)
+    (record,) = read_scores(tmp_path / "out")
+    assert record["image"] == (str(path) if format == "jsonl" else str(path).replace("\udcff", r"\udcff"))
+    (line,) = (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()
+    assert json.loads(line)["image"] == str(path) + "x.png"
+
+
 def test_the_global_generator_is_left_alone(pictures: list[Path], tmp_path: Path) -> None:
     before = torch.get_rng_state()
     score_many(tiny_scorer(), pictures[:3], QUERIES, output=tmp_path, num_workers=1)

@@ -125,7 +125,8 @@ def build_model(config: dict[str, Any], seed: int = 0) -> nn.Module:
         if "multimodal_cfg" in config:
             nn.init.normal_(model.text_decoder.text_projection)  # open_clip leaves it as the memory was
         for name, parameter in model.named_parameters():
-            if "timm_model_name" in config["vision_cfg"] and name.startswith("visual.") and parameter.ndim < 4:
+            timm = "timm_model_name" in config["vision_cfg"] and parameter.ndim < 4  # learned queries, tiny by default
+            if name.startswith("visual.") and (timm or parameter.ndim == 1 or name.endswith("head_scale")):
                 nn.init.normal_(parameter, parameter.mean().item(), 0.2)
     return model.eval()
 

@@ -40,6 +40,7 @@ def _train(arguments: argparse.Namespace) -> None:
             resume=arguments.resume,
             progress=sys.stderr.isatty() or arguments.progress,
             report=lambda record: print(_line(record), flush=True),
+            note=lambda text: print(text, flush=True),
         )
         if not ranks.is_writer:
             return

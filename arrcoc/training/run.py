@@ -64,6 +64,7 @@ def run_training(
     resume: bool = False,
     progress: bool = False,
     report: Callable[[Record], None] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> RunResult:
     """Train a model as the settings say; on every rank, if torchrun started several (within ``process_group``).
 
@@ -72,6 +73,7 @@ def run_training(
         resume: go on from the checkpoint in the output folder.
         progress: show progress bars.
         report: called with the log entry of every epoch, by the rank that writes.
+        note: called by that rank with what was skipped in the data and why, before training, if anything was.
 
     Raises:
         FileNotFoundError: if there is nothing to resume, or no data.
@@ -94,6 +96,10 @@ def run_training(
         write_json(folder / _RUN, _description(config, model, {"train": train, "val": validation}))
         if splits is not None:
             write_splits(folder / _SPLITS, splits)
+        for split, samples in (("train", train), ("val", validation)):
+            skips = getattr(samples, "skips", None)
+            if note is not None and skips is not None and (skips.broken or skips.left_out):
+                note(f"{split}: {skips.summary()}")
 
     def evaluate(model: RelevanceModel) -> Record:
         return {f"ap_{name}": token_average_precision(model, samples) for name, samples in judged.items()}

@@ -114,6 +114,31 @@ def test_tokens_kept_on_disk_give_the_same_run(spec: str, trained: Path, tmp_pat
         assert read_log(tmp_path / output) == read_log(trained)
 
 
+def test_what_is_skipped_is_said_and_written_down(
+    spec: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = asset_path("photos") / "images"
+    lines = [
+        {"image": str(path), "text": "a thing", "boxes": [[10, 10, 200, 200]]} for path in sorted(images.glob("*.jpg"))
+    ]
+    lines.insert(1, {"image": "absent.jpg", "text": "a thing", "boxes": [[10, 10, 200, 200]]})
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    argv = ["--data", f"manifest:{tmp_path / 'data.jsonl'}", "--val-share", "0.5", "--split-seed", "3", *SMALL]
+    assert "absent.jpg" in refusal(capsys, tmp_path / "new", "--model", spec, *argv)
+    assert train(tmp_path / "run", "--model", spec, *argv, "--on-error", "skip") == 0
+    assert "1 skipped: " in capsys.readouterr().out
+    data = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
+    assert sum(sum(part["skipped"].values()) for part in data.values()) >= 1
+
+
+def test_pictures_change_and_queries_vary_on_request(spec: str, trained: Path, tmp_path: Path) -> None:
+    options = ["--augment", "--augment-options", "flip=1", "rotation=0", "--templates", "--workers", "1"]
+    for output in ("a", "b"):
+        assert train(tmp_path / output, "--model", spec, *SMALL, *options) == 0
+    assert read_log(tmp_path / "a") == read_log(tmp_path / "b")
+    assert read_log(tmp_path / "a")[0]["loss"] != read_log(trained)[0]["loss"]
+
+
 # ---- files and flags
 
 

@@ -1,7 +1,8 @@
 """Random changes of a picture, geometric and photometric, that keep its masks and its queries true.
 
 The parameters are drawn here, from the generator that is handed over, and the pixels are moved by torchvision's v2
-functionals. Torchvision's own random classes are not used: they draw from the global random state.
+functionals. Torchvision's own random classes are not used: they draw from the global random state. It is imported where
+it is needed, for it takes a second.
 
 Axes: Q queries, H and W picture height and width.
 """
@@ -19,9 +20,6 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision import tv_tensors
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as F
 
 from arrcoc.data.sample import RelevanceSample
 from arrcoc.data.vocabulary import COLOURS
@@ -133,6 +131,8 @@ class RelevanceAugmentation:
 
     def _move_and_ask(self, sample: RelevanceSample, generator: torch.Generator) -> RelevanceSample:
         """The sample after the first draw of the geometry that leaves something to ask."""
+        from torchvision import tv_tensors
+
         before_Q = sample.masks.sum((1, 2))
         for _ in range(_TRIES):
             zoom, move = self._draw_geometry(sample, _Draw(generator))
@@ -149,6 +149,10 @@ class RelevanceAugmentation:
 
     def _draw_geometry(self, sample: RelevanceSample, draw: _Draw) -> tuple[float, Callable[[Any], Any]]:
         """The factor of the size, and what moves a picture and its masks alike."""
+        from torchvision import tv_tensors
+        from torchvision.transforms.v2 import InterpolationMode
+        from torchvision.transforms.v2 import functional as F
+
         height, width = sample.image.shape[1:]
         angle, shear = draw.around(0, self.rotation), draw.around(0, self.shear)
         zoom = math.exp(draw.between(math.log(self.zoom[0]), math.log(self.zoom[1])))
@@ -170,6 +174,8 @@ class RelevanceAugmentation:
         return zoom, move
 
     def _recolour(self, image: Tensor, draw: _Draw, named_colour: bool) -> Tensor:
+        from torchvision.transforms.v2 import functional as F
+
         brightness, contrast, saturation = (
             draw.around(1, amount) for amount in (self.brightness, self.contrast, self.saturation)
         )
@@ -185,6 +191,8 @@ class RelevanceAugmentation:
         return F.rgb_to_grayscale(image, 3) if grey and not named_colour else image
 
     def _degrade(self, image: Tensor, draw: _Draw) -> Tensor:
+        from torchvision.transforms.v2 import functional as F
+
         blurred, noisy, compressed = (draw.happens(self.degrade) for _ in range(3))
         sigma, noise, quality = draw.between(0, self.blur), draw.between(0, self.noise), draw.between(self.jpeg, 100)
         if blurred and sigma > 0:
@@ -203,6 +211,8 @@ def _is_pair(value: Any) -> bool:
 
 def _jpeg(image: Tensor, quality: int) -> Tensor:
     """By Pillow: torchvision's own encoder is deprecated."""
+    from torchvision.transforms.v2 import functional as F
+
     file = io.BytesIO()
     F.to_pil_image(image.clamp(0, 1)).save(file, "JPEG", quality=quality)
     eight_bits: Tensor = F.pil_to_tensor(Image.open(file))

@@ -99,7 +99,7 @@ def run_training(
         for split, samples in (("train", train), ("val", validation)):
             skips = getattr(samples, "skips", None)
             if note is not None and skips is not None and (skips.broken or skips.left_out):
-                note(f"{split}: {skips.summary()}")
+                note("\n".join(f"{split}: {line}" for line in skips.summary().splitlines()))
 
     def evaluate(model: RelevanceModel) -> Record:
         return {f"ap_{name}": token_average_precision(model, samples) for name, samples in judged.items()}

@@ -2,12 +2,14 @@
 
 A field's type says how it is read, its default what happens without it, and the ``Args`` of its class's docstring what
 it means; so a file, a command line and the code cannot disagree. Nested settings are sections of a file; on a command
-line the names of all fields stand side by side.
+line (``flags``) the names of all fields stand side by side. The metadata of a field with nested settings may hold
+
+    flags    {name of a field in it: what a command line calls it}
+    hidden   names of fields in it that neither file nor command line sets, for whoever holds the settings does
 """
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import inspect
 import json
@@ -78,7 +80,7 @@ def _updated(settings: Settings, values: Mapping[str, Any], where: str, hidden: 
 
 
 def _cast(value: Any, hint: Any, name: str) -> Any:
-    hint, optional = _required(hint)
+    hint, optional = required_type(hint)
     if optional and value is None:
         return None
     if get_origin(hint) is tuple and isinstance(value, list | tuple):
@@ -93,7 +95,7 @@ def _cast(value: Any, hint: Any, name: str) -> Any:
     raise ValueError(f"{name} must be {what}{' or nothing' if optional else ''}, got {value!r}.")
 
 
-def _required(hint: Any) -> tuple[Any, bool]:
+def required_type(hint: Any) -> tuple[Any, bool]:
     """A type without None, and whether it had it."""
     if get_origin(hint) not in (Union, types.UnionType):
         return hint, False
@@ -163,94 +165,19 @@ def documentation(kind: type) -> dict[str, str]:
     return texts
 
 
-def add_flags(
-    parser: argparse.ArgumentParser, settings: Any, *, only: str | None = None, without: Collection[str] = ()
-) -> None:
-    """Give a parser a flag for every value; what is not given on the command line is absent from the namespace.
-
-    Args:
-        parser: gets the flags, in a group for each section.
-        settings: their types, defaults and meanings.
-        only: the one section that gets flags; all of them if None.
-        without: flags that are left out, by the names of their values.
-    """
-    groups: dict[tuple[str, ...], Any] = {(): parser}
-    for leaf in leaves(settings):
-        section = leaf.path[:-1]
-        if leaf.path[-1] in without or (only is not None and section != (only,)):
-            continue
-        if section not in groups:
-            groups[section] = parser.add_argument_group(".".join(section))
-        groups[section].add_argument(
-            f"--{leaf.flag.replace('_', '-')}",
-            dest=_destination(leaf),
-            default=argparse.SUPPRESS,
-            help=f"{leaf.text.rstrip('.').replace('``', '')} (default: {_shown(leaf.default)})".replace("%", "%%"),
-            **_reading(leaf),
-        )
-
-
-def with_flags(settings: Settings, arguments: argparse.Namespace) -> Settings:
-    """The settings with what the command line gave."""
-    values: dict[str, Any] = {}
-    for leaf in leaves(settings):
-        if hasattr(arguments, _destination(leaf)):
-            given = getattr(arguments, _destination(leaf))
-            section = values
-            for name in leaf.path[:-1]:
-                section = section.setdefault(name, {})
-            section[leaf.path[-1]] = dict(given) if get_origin(_required(leaf.hint)[0]) is dict else given
-    return updated(settings, values)
-
-
 def as_markdown(settings: Any) -> str:
     """A table of every value: its name in a file, its default and its meaning; a command line has the last name."""
     rows = ["| setting | default | meaning |", "| --- | --- | --- |"]
     for leaf in leaves(settings):
         name = f"`{'.'.join(leaf.path)}`" + (f" (`--{leaf.flag}`)" if leaf.flag != leaf.path[-1] else "")
-        rows.append(f"| {name} | {_shown(leaf.default)} | {leaf.text.rstrip('.').replace('``', '`')} |")
+        rows.append(f"| {name} | {shown(leaf.default)} | {leaf.text.rstrip('.').replace('``', '`')} |")
     return "\n".join(rows)
 
 
-def _destination(leaf: Leaf) -> str:
-    return ".".join(("settings", *leaf.path))
-
-
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A default as a reader is told of it."""
     if isinstance(value, tuple | list):
         return " ".join(map(str, value)) or "none"
     if isinstance(value, bool):
         return str(value).lower()
     return "none" if value is None or value in ({}, "") else str(value)
-
-
-def _reading(leaf: Leaf) -> dict[str, Any]:
-    """What argparse needs to read a value of this type."""
-    hint, optional = _required(leaf.hint)
-    name = leaf.flag.upper()
-    if hint is bool:
-        return {"action": argparse.BooleanOptionalAction}
-    if get_origin(hint) is tuple:
-        return {"nargs": "+", "type": get_args(hint)[0], "metavar": name}
-    if get_origin(hint) is dict:
-        return {"nargs": "+", "type": _pair, "metavar": "KEY=VALUE"}
-    return {"type": _optional(hint) if optional else hint, "metavar": name}
-
-
-def _pair(text: str) -> tuple[str, Any]:
-    """``momentum=0.9`` as ("momentum", 0.9); what is no JSON is a string."""
-    key, equals, value = text.partition("=")
-    if not (key and equals):
-        raise argparse.ArgumentTypeError(f"must be KEY=VALUE, got {text!r}")
-    try:
-        return key, json.loads(value)
-    except ValueError:
-        return key, value
-
-
-def _optional(kind: type) -> Callable[[str], Any]:
-    def read(text: str) -> Any:
-        return None if text == "none" else kind(text)
-
-    read.__name__ = kind.__name__  # argparse shows it
-    return read

@@ -78,7 +78,7 @@ def _reading(arguments: argparse.Namespace) -> DataConfig:
     """How the data is read: as in training, if the model was trained on it; then as the flags say."""
     from pathlib import Path
 
-    from arrcoc.settings import with_flags
+    from arrcoc.flags import with_flags
     from arrcoc.training.run import read_run
     from arrcoc.training.run_config import RunConfig
 
@@ -90,7 +90,7 @@ def _reading(arguments: argparse.Namespace) -> DataConfig:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from arrcoc.settings import add_flags
+    from arrcoc.flags import add_flags
     from arrcoc.training.run_config import RunConfig
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -52,7 +52,8 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _config(arguments: argparse.Namespace) -> RunConfig:
     """The settings: defaults, or those of the run that is resumed; then those of the file; then the flags."""
-    from arrcoc.settings import read_settings, updated, with_flags
+    from arrcoc.flags import with_flags
+    from arrcoc.settings import read_settings, updated
     from arrcoc.training.run import read_run
     from arrcoc.training.run_config import RunConfig
 
@@ -73,7 +74,7 @@ def _line(record: dict[str, float]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from arrcoc.settings import add_flags
+    from arrcoc.flags import add_flags
     from arrcoc.training.run_config import RunConfig
 
     parser = argparse.ArgumentParser(

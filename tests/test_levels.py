@@ -43,6 +43,7 @@ LEVELS: dict[str, dict[str, int]] = {
         "assets": 0,
         "config": 0,
         "settings": 0,
+        "flags": 1,
         "tokens": 0,
         "images": 0,
         "viz": 1,

@@ -37,7 +37,7 @@ def _crossvalidate(arguments: argparse.Namespace) -> None:
     import arrcoc
     from arrcoc.config import HeadConfig
     from arrcoc.data import CocoFolder
-    from arrcoc.settings import with_flags
+    from arrcoc.flags import with_flags
     from arrcoc.training.validation import token_average_precisions
 
     config, shape = with_flags(_train_config(), arguments), with_flags(_head_shape(), arguments)
@@ -107,7 +107,7 @@ def _head_shape() -> HeadShape:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from arrcoc.settings import add_flags
+    from arrcoc.flags import add_flags
 
     parser = argparse.ArgumentParser(
         usage="crossvalidate_head.py PATH [--scales S ...] [--SETTING VALUE ...]",

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from arrcoc.flags import add_flags, with_flags
 from arrcoc.settings import (
-    add_flags,
     as_markdown,
     differences,
     documentation,
@@ -21,7 +21,6 @@ from arrcoc.settings import (
     read_settings,
     to_dict,
     updated,
-    with_flags,
 )
 from arrcoc.training.run_config import RunConfig
 

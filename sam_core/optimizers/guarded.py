@@ -94,6 +94,7 @@ class GuardedOptimizer(OptimizerWrapper):
         """Clip the gradients in ``.grad``, whose global norm may be given, and step the base optimizer."""
         self._clip(norm)
         self.base_optimizer.step()
+        torch.clear_autocast_cache()  # of weights cast before the step
 
     def _clip(self, norm: Tensor | None = None) -> None:
         if self.max_grad_norm is not None:

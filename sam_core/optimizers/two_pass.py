@@ -40,6 +40,20 @@ class TwoPassOptimizer(GuardedOptimizer):
     """Base of the methods that take a gradient at w and one at a perturbed point before they step.
 
     Arguments and errors are those of :class:`GuardedOptimizer`.
+
+    Example:
+        >>> class Uphill(TwoPassOptimizer):  # a method of one's own: e = rho g
+        ...     def _ascend(self, params, grads, norm):
+        ...         return [Move(ps, gs, group["rho"]) for group, ps, gs in zip(self.param_groups, params, grads)]
+        >>> w = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = Uphill([w], torch.optim.SGD, {"rho": 0.5}, lr=0.25)
+        >>> def closure():
+        ...     loss = (w**2).sum()
+        ...     loss.backward()
+        ...     return loss
+        >>> loss = optimizer.step(closure)  # g = 2, g_s = 2 (1 + 0.5 * 2) = 4
+        >>> w.data
+        tensor([0., 0.])
     """
 
     #: The gradient at w only chooses where to look next, so each rank and each micro-batch may choose for itself.
@@ -97,31 +111,32 @@ class TwoPassOptimizer(GuardedOptimizer):
             raise RuntimeError("first_step was called twice; call second_step, or restore() to give the step up.")
         self._check_gradients("w")
         norm = self._finite_norm("w", grad_scaler)
-        if norm is None:
-            if grad_scaler is not None:
-                grad_scaler.unscale_(self.base_optimizer)  # so that its update() hears of the overflow
-            self._begun = _Begun([], [], skip=True)
-        elif not self._second_pass_is_due():
-            self._begun = _Begun([], [], skip=False)
-        else:
-            params = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
-            grads = [[p.grad for p in group] for group in params]
-            if grad_scaler is not None and grad_scaler.is_enabled():
-                # Not with unscale_: a scaler refuses to do that twice for one optimizer, and .grad is the user's.
-                factor = 1 / grad_scaler.get_scale()
-                grads, norm = [_tensors.scale(g, factor, foreach=self.foreach) for g in grads], norm * factor
-            self._begun = _Begun([], [], skip=False)
-            for move in self._ascend(params, grads, norm):
-                self._begun.backup.extend(
-                    perturb(move.params, move.directions, alpha=move.factor, foreach=self.foreach)
-                )
-                self._begun.params.extend(move.params)
-            if self._keeps_ascent_grads:
-                pairs = ((p, g) for group in zip(params, grads, strict=True) for p, g in zip(*group, strict=True))
-                self._ascent_grads = {p: g.clone() if g is p.grad else g for p, g in pairs}
-            torch.clear_autocast_cache()  # of weights cast at w
+        self._begun = _Begun([], [], skip=norm is None)
+        if norm is None and grad_scaler is not None:
+            grad_scaler.unscale_(self.base_optimizer)  # so that its update() hears of the overflow
+        elif norm is not None and self._second_pass_is_due():
+            try:
+                self._perturb(self._begun, norm, grad_scaler)
+            except BaseException:
+                self.restore()
+                raise
         if zero_grad:
             self.zero_grad()
+
+    def _perturb(self, begun: _Begun, norm: Tensor, grad_scaler: torch.amp.GradScaler | None) -> None:
+        params = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        grads = [[p.grad for p in group] for group in params]
+        if grad_scaler is not None and grad_scaler.is_enabled():
+            # Not with unscale_: a scaler refuses to do that twice for one optimizer, and .grad is the user's.
+            factor = 1 / grad_scaler.get_scale()
+            grads, norm = [_tensors.scale(g, factor, foreach=self.foreach) for g in grads], norm * factor
+        for move in self._ascend(params, grads, norm):
+            begun.backup.extend(perturb(move.params, move.directions, alpha=move.factor, foreach=self.foreach))
+            begun.params.extend(move.params)
+        if self._keeps_ascent_grads:
+            pairs = ((p, g) for group in zip(params, grads, strict=True) for p, g in zip(*group, strict=True))
+            self._ascent_grads = {p: g.clone() if g is p.grad else g for p, g in pairs}
+        torch.clear_autocast_cache()  # of weights cast at w
 
     @torch.no_grad()
     def second_step(self, zero_grad: bool = False, *, grad_scaler: torch.amp.GradScaler | None = None) -> None:
@@ -212,8 +227,8 @@ class TwoPassOptimizer(GuardedOptimizer):
         if not due:
             self._descend("w", grad_scaler)
             return loss
+        self.first_step(grad_scaler=grad_scaler)
         try:
-            self.first_step(grad_scaler=grad_scaler)
             second_loss = self._evaluate(closure)
         except BaseException:
             self.restore()

@@ -31,6 +31,13 @@ def compute_hessian_vector_product(
 
     Raises:
         ValueError: for a vector of another shape, no trainable parameter, or a loss that is not a scalar.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)  # loss (w . x)^2: H = 2 x x^T
+        >>> loss_fn = lambda outputs, targets: (outputs - targets).square().mean()
+        >>> inputs, targets = torch.tensor([[3.0, 0.0]]), torch.zeros(1, 1)
+        >>> compute_hessian_vector_product(model, loss_fn, inputs, targets, torch.tensor([1.0, 1.0]))
+        tensor([18.,  0.])
     """
     with parameter_loss(model, loss_fn, inputs, targets) as (loss, params):
         num_entries = sum(param.numel() for param in params.values())

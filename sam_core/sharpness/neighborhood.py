@@ -33,6 +33,13 @@ def compute_sam_sharpness(
 
     Raises:
         ValueError: for a bad rho, no trainable parameter, or a loss that is not a scalar.
+
+    Example:
+        >>> model = torch.nn.Linear(1, 1, bias=False)  # loss w^2 at w = 1: from 1 to 1.5^2
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> loss_fn = lambda outputs, targets: (outputs - targets).square().mean()
+        >>> compute_sam_sharpness(model, loss_fn, torch.ones(1, 1), torch.zeros(1, 1), rho=0.5)
+        1.25
     """
     rule = L2Ascent(rho=rho)
     with parameter_loss(model, loss_fn, inputs, targets) as (loss, params):

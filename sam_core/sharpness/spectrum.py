@@ -43,6 +43,13 @@ def power_iteration_top_eigenvalue(
 
     Raises:
         ValueError: for a bad option, no trainable parameter, or a loss that is not a scalar.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)  # loss (w . x)^2: H = 2 x x^T
+        >>> loss_fn = lambda outputs, targets: (outputs - targets).square().mean()
+        >>> inputs, targets = torch.tensor([[3.0, 0.0]]), torch.zeros(1, 1)
+        >>> power_iteration_top_eigenvalue(model, loss_fn, inputs, targets)
+        18.0
     """
     check_count("n_iterations", n_iterations, at_least=1)
     check_nonnegative("tol", tol)

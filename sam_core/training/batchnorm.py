@@ -22,6 +22,14 @@ def disable_running_stats(model: nn.Module) -> None:
 
     Args:
         model: any module; layers that have not yet seen their first batch (lazy ones) are left alone.
+
+    Example:
+        >>> model = torch.nn.BatchNorm1d(3)
+        >>> disable_running_stats(model)
+        >>> output = model(torch.randn(8, 3))
+        >>> enable_running_stats(model)
+        >>> model.num_batches_tracked.item()
+        0
     """
     _freeze(model)
 
@@ -31,6 +39,13 @@ def enable_running_stats(model: nn.Module) -> None:
 
     Args:
         model: any module.
+
+    Example:
+        >>> model = torch.nn.BatchNorm1d(3, momentum=0.3)
+        >>> disable_running_stats(model)
+        >>> enable_running_stats(model)
+        >>> model.momentum
+        0.3
     """
     _release(list(model.modules()))
 

@@ -159,6 +159,19 @@ def test_looksam_tries_a_skipped_sam_step_again():
     assert not optimizer.should_apply_sam()
 
 
+def test_looksam_is_the_base_optimizer_once_rho_has_fallen_to_zero():
+    model = make_model()
+    optimizer = LookSAM(model.parameters(), torch.optim.SGD, k=3, rho=0.1, lr=0.1)
+    optimizer.step(make_closure(model))
+    optimizer.param_groups[0]["rho"] = 0.0
+    optimizer.zero_grad()
+    make_closure(model)()
+    expected = [p.detach() - 0.1 * p.grad for p in model.parameters()]
+    optimizer.step()
+    for actual, true in zip(copies(model), expected, strict=True):
+        torch.testing.assert_close(actual, true, rtol=1e-14, atol=1e-16)
+
+
 def test_looksam_parameters_without_a_flat_gradient_step_with_their_own():
     model, late = make_model(), nn.Parameter(torch.ones(3, dtype=torch.float64))
     optimizer = LookSAM(model.parameters(), torch.optim.SGD, k=3, rho=0.1, lr=0.1)

@@ -56,3 +56,8 @@ def test_methods_are_named_by_their_class():
     assert {"sam": sam_core.SAM, "asam": sam_core.ASAM}.items() <= sam_core.METHODS.items()
     assert all(name == method.__name__.lower() for name, method in sam_core.METHODS.items())
     assert all(issubclass(method, torch.optim.Optimizer) for method in sam_core.METHODS.values())
+
+
+def test_public_names_have_an_example():
+    bases = {"METHODS", "OptimizerWrapper"}  # a table; a base class of one that has an example
+    assert [n for n in sam_core.__all__ if n not in bases and ">>>" not in (getattr(sam_core, n).__doc__ or "")] == []

@@ -40,7 +40,7 @@ def build(method, base):
 
 def test_both_forms_agree_bit_for_bit(build):
     results = []
-    for form in ("closure", "grads_ready", "two_step", "two_step_zero_grad"):
+    for form in ("closure", "grads_ready", "two_step", "two_step_zero_grad", "two_step_in_place"):
         model = make_model()
         optimizer, closure = build(model), make_closure(model)
         for _ in range(3):
@@ -57,6 +57,8 @@ def test_both_forms_agree_bit_for_bit(build):
                 if form == "two_step":
                     assert all(p.grad is not None for p in model.parameters())
                     optimizer.zero_grad()
+                elif form == "two_step_in_place":  # what a method keeps of the first gradients must be its own
+                    optimizer.zero_grad(set_to_none=False)
                 closure()
                 optimizer.second_step(zero_grad=True)
                 assert all(p.grad is None for p in model.parameters())
@@ -145,6 +147,18 @@ def test_weights_come_back_when_the_second_pass_raises(build):
         optimizer.step(failing)
     assert_bitwise(list(model.parameters()), before)
     optimizer.step(closure)  # and the optimizer goes on
+
+
+def test_weights_come_back_when_the_ascent_fails(build, monkeypatch):
+    model = make_model()
+    optimizer, before = build(model), copies(model)
+    make_closure(model)()
+    moves = [Move([model[0].weight], [model[0].weight.grad], 1.0), Move([model[0].bias], [torch.ones(7)], 1.0)]
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"^perturbation 0 must have shape \[4\], got"):
+        patch.setattr(optimizer, "_ascend", lambda params, grads, norm: moves)
+        optimizer.first_step()
+    assert_bitwise(copies(model), before)
+    optimizer.step(make_closure(model))
 
 
 def test_restore_gives_a_step_up(build):

@@ -11,6 +11,7 @@ from arrcoc.tokens import VisualTokens
 
 # Model
 from arrcoc.config import HeadConfig, TrainConfig
+from arrcoc.training.run_config import RunConfig
 from arrcoc.model.allocation import Allocation, PrecisionAwareAllocation
 from arrcoc.model.head import RelevanceHead
 from arrcoc.model.multiscale import FlatnessAwareMultiScale
@@ -20,6 +21,7 @@ from arrcoc.model.robustness import RelevanceRobustness
 # Training
 from arrcoc.training.tokens import TokenLoader, encode_samples
 from arrcoc.training.trainer import train_relevance_model_with_sam
+from arrcoc.training.run import run_training
 
 __version__ = "0.1.0"
 
@@ -34,11 +36,13 @@ __all__ = [
     "RelevanceResult",
     "RelevanceRobustness",
     "RelevanceScorer",
+    "RunConfig",
     "TokenLoader",
     "TrainConfig",
     "VisualTokens",
     "encode_samples",
     "load_backbone",
     "load_scorer",
+    "run_training",
     "train_relevance_model_with_sam",
 ]

@@ -24,7 +24,7 @@ from arrcoc.model.saving import read_head, read_settings, restored_backbone, wri
 from arrcoc.model.similarity import similarity_logits
 from arrcoc.tokens import VisualTokens
 
-_MAX_CACHED_TEXTS = 4096
+_TEXT_CACHE_BYTES = 2**28  # 174,000 texts at width 384: captions and templates of a whole data set
 
 
 class RelevanceModel(nn.Module):
@@ -83,7 +83,8 @@ class RelevanceModel(nn.Module):
         unknown = [text for text in dict.fromkeys(texts) if text not in self._text_cache]
         if unknown:
             embeddings = [self.backbone.encode_text([text])[0] for text in unknown]
-            if len(self._text_cache) + len(unknown) > _MAX_CACHED_TEXTS:
+            num_bytes = embeddings[0].numel() * embeddings[0].element_size()
+            if (len(self._text_cache) + len(unknown)) * num_bytes > _TEXT_CACHE_BYTES:
                 self._text_cache = {text: self._text_cache[text] for text in texts if text in self._text_cache}
             self._text_cache |= dict(zip(unknown, embeddings, strict=True))
         return torch.stack([self._text_cache[text] for text in texts])

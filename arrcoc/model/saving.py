@@ -26,7 +26,7 @@ _UNRECORDED = {"mode": "raw", "orientation": None, "train_blocks": 0}
 
 
 def write_model(folder: Path, backbone: Backbone, head: RelevanceHead | None, components: dict[str, Any]) -> None:
-    """Write the head, the trained blocks of the backbone and, last, the settings: a folder that has them is complete."""
+    """Write the head, trained blocks of the backbone and, last, the settings: a folder that has them is complete."""
     folder.mkdir(parents=True, exist_ok=True)
     if head is not None:
         _write_tensors(folder / _HEAD, head.state_dict())

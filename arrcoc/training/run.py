@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -24,6 +24,7 @@ from arrcoc.data.photos import sample_photos
 from arrcoc.data.sample import RelevanceSample
 from arrcoc.data.spec import load_data
 from arrcoc.data.splits import Splits, read_splits, write_splits
+from arrcoc.evaluation.orientation import OrientationEstimate, check_first
 from arrcoc.model.head import RelevanceHead
 from arrcoc.model.relevance import RelevanceModel
 from arrcoc.scorer import load_scorer
@@ -78,6 +79,9 @@ def run_training(
     Raises:
         FileNotFoundError: if there is nothing to resume, or no data.
         ValueError: if the settings do not fit the data, the model or the run that is resumed.
+
+    Warns:
+        OrientationWarning: if the first validation pictures contradict the sign that the backbone declares.
     """
     ranks, folder = Ranks(), Path(config.output)
     progress = progress and ranks.is_writer
@@ -88,12 +92,13 @@ def run_training(
     if resume and splits is not None and splits != read_splits(folder / _SPLITS):
         raise ValueError(f"the pictures of {config.data} must be those of {folder / _SPLITS} to resume the run.")
     model = _model(config)
+    sign = check_first(model, validation) if ranks.is_writer else None
     loaders = _Loaders(config, model, ranks, progress)
     judged = {"held-out": loaders.judging(validation), "photos": loaders.judging(sample_photos(absent_queries=2))}
     loader = loaders.training(train)
     if ranks.is_writer:
         # Everything that can be refused has been; streams know what they skipped by now.
-        write_json(folder / _RUN, _description(config, model, {"train": train, "val": validation}))
+        write_json(folder / _RUN, _description(config, model, {"train": train, "val": validation}, sign))
         if splits is not None:
             write_splits(folder / _SPLITS, splits)
         for split, samples in (("train", train), ("val", validation)):
@@ -160,6 +165,7 @@ def _model(config: RunConfig) -> RelevanceModel:
     device = device_of_rank(config.device)
     scales, mode = config.model.scales, config.model.mode
     model = load_scorer(config.model.backbone, head=init, device=device, mode=mode, scales=scales).model
+    model.backbone.orientation = config.model.orientation or model.backbone.orientation
     if model.head is None:
         shape = HeadConfig(embed_dim=model.backbone.embed_dim, **vars(config.head))
         generator = torch.Generator().manual_seed(config.train.seed)
@@ -223,12 +229,15 @@ def _splits(config: RunConfig, train: Samples, validation: Samples) -> Splits | 
     return Splits(seed=reading.split_seed, shares={name: s for name, s in shares.items() if s}, names=named)
 
 
-def _description(config: RunConfig, model: RelevanceModel, read: dict[str, Samples]) -> dict[str, Any]:
+def _description(
+    config: RunConfig, model: RelevanceModel, read: dict[str, Samples], sign: OrientationEstimate | None
+) -> dict[str, Any]:
     backbone = model.backbone
     return {
         "format": _FORMAT,
         "config": to_dict(config),
         "backbone": {"spec": backbone.spec, "mode": backbone.mode, "fingerprint": backbone.fingerprint()},
+        "orientation": {"declared": backbone.orientation, "masks say": None if sign is None else asdict(sign)},
         "data": {split: _read(samples) for split, samples in read.items()},
         "versions": {"python": sys.version.split()[0], **{name: _version(name) for name in _PACKAGES}},
     }

@@ -19,14 +19,20 @@ class ModelConfig:
     Args:
         backbone: as ``load_backbone`` takes it, e.g. "embedded" or "open_clip:ViT-B-16/openai".
         mode: how patch tokens are read off it; its default if none.
+        orientation: 1 or -1, the sign of its similarity that means relevance; as it declares if none.
         scales: sizes at which pictures are seen, relative to the default one.
         init: head to start from: "none" for a new one, "default", or a folder.
     """
 
     backbone: str = "embedded"
     mode: str | None = None
+    orientation: int | None = None
     scales: tuple[float, ...] = (1.0,)
     init: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.orientation not in (None, 1, -1):
+            raise ValueError(f"orientation must be 1, -1 or none, got {self.orientation!r}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ import arrcoc
 import train_relevance
 from arrcoc.assets import asset_path
 from arrcoc.config import TrainConfig
+from arrcoc.evaluation.orientation import OrientationWarning
 from arrcoc.training.run import read_run
 from tiny_open_clip import CONVOLUTION, VIT, write_folder
 
@@ -78,7 +79,18 @@ def test_training_writes_model_checkpoint_log_and_settings(spec: str, trained: P
     run = json.loads((trained / "run.json").read_text())
     assert run["backbone"] == {"spec": spec, "mode": "raw", "fingerprint": model.backbone.fingerprint()}
     assert run["data"] == {"train": {"num_samples": 3}, "val": {"num_samples": 1}}
+    assert run["orientation"] == {"declared": 1, "masks say": None}  # one picture says nothing
     assert run["versions"]["torch"] == torch.__version__.split("+")[0]
+
+
+def test_a_wrong_sign_is_reported_and_kept_with_the_model(tmp_path: Path) -> None:
+    turned = ["--num", "12", "--val-share", "0.8", "--epochs", "1", "--orientation", "-1", "--text-rank", "0"]
+    with pytest.warns(OrientationWarning, match=r"declares orientation -1, but masks say \+1"):
+        assert train(tmp_path, *turned) == 0
+    judged = json.loads((tmp_path / "run.json").read_text())["orientation"]
+    assert judged["declared"] == -1 and judged["masks say"]["orientation"] == 1
+    assert judged["masks say"]["ap_positive"] > judged["masks say"]["ap_negative"]
+    assert arrcoc.load_scorer(tmp_path).model.backbone.orientation == -1
 
 
 def test_training_reports_each_epoch_and_both_scores(

@@ -23,7 +23,7 @@ from arrcoc.training.tokens import TokenLoader, encode_samples
 from arrcoc.training.trainer import train_relevance_model_with_sam
 from arrcoc.training.run import run_training
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Allocation",

@@ -59,7 +59,8 @@ def _time(arguments: argparse.Namespace) -> None:
             "loop": partial(loop_steps, params),
             **_peer(params),
         }
-        times = interleaved(competitors, arguments.repeats, arguments.device)
+        rounds = interleaved(competitors, arguments.repeats, arguments.device)
+        times = {competitor: min(seconds) for competitor, seconds in rounds.items()}
         for competitor, seconds in times.items():
             ratio = seconds / times["moving 10 sizes"]
             count = f"{name:<20} {len(params):>7} {flat.numel() / 1e6:>6.1f} M"
@@ -119,11 +120,9 @@ def interleaved(
     functions: dict[str, Callable[[], object]],
     repeats: int,
     device: str = "cpu",
-    *,
     clock: Callable[[], float] = time.perf_counter,
-    pick: Callable[[list[float]], float] = min,
-) -> dict[str, float]:
-    """Seconds of each function, called in turn so that all see the same machine: the best of them, or another pick."""
+) -> dict[str, list[float]]:
+    """Seconds of each function in each round, called in turn so that all see the same machine."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for number in range(repeats + 1):
         for name, function in functions.items():
@@ -133,7 +132,7 @@ def interleaved(
                 torch.cuda.synchronize()
             if number > 0:  # the first round warms up
                 times[name].append(clock() - started)
-    return {name: pick(values) for name, values in times.items()}
+    return times
 
 
 if __name__ == "__main__":

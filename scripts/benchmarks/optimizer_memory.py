@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from optimizer_ascent import interleaved
-from optimizer_steps import make_vit
+from optimizer_steps import make_vit, relative
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
@@ -53,12 +53,12 @@ def _measure(arguments: argparse.Namespace) -> None:
         model = make_vit(arguments.depth)
         steps[name] = partial(_step, kind(model.parameters(), torch.optim.SGD, lr=1e-3), model, inputs, targets)
     clock = time.process_time if arguments.clock == "processor" else time.perf_counter
-    times = interleaved(steps, arguments.rounds, clock=clock)
+    rounds = interleaved(steps, arguments.rounds, clock=clock)
     peaks = {name: peak_bytes(step) for name, step in steps.items()}
     print(f"\nViT of {arguments.depth} blocks, batch of {arguments.batch}")
     for name in steps:
-        relative = f"peak / SAM {peaks[name] / peaks['sam']:.2f}   time / SAM {times[name] / times['sam']:.2f}"
-        print(f"{name:<19} peak {peaks[name] / 2**20:>6.0f} MiB   {relative}")
+        peak, time_ratio = peaks[name] / peaks["sam"], relative(rounds[name], rounds["sam"])
+        print(f"{name:<19} peak {peaks[name] / 2**20:>6.0f} MiB   peak / SAM {peak:.2f}   time / SAM {time_ratio:.2f}")
 
 
 def count_copies(method: str) -> tuple[float, float]:

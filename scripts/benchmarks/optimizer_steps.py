@@ -1,7 +1,8 @@
 """Time a training step of every method relative to the base optimizer's, on a small ViT and ResNet-20.
 
 Passes are counted in batches: forwards with a graph, forwards without. A round is five steps, so that it holds one
-whole cycle of LookSAM with k = 5; methods take turns, and the median round counts.
+whole cycle of LookSAM with k = 5; methods take turns, and what counts is the median over rounds of the ratio to the
+base optimizer in the same round.
 
 For example: python scripts/benchmarks/optimizer_steps.py
 """
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0 on success, 2 for what the user must change."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--base", default="SGD", choices=["SGD", "AdamW"])
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=6)
@@ -79,27 +81,32 @@ def make_resnet() -> nn.Module:
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"small ViT": make_vit, "ResNet-20": make_resnet}
+MODELS: dict[str, Callable[[], nn.Module]] = {"small-vit": make_vit, "resnet-20": make_resnet}
 
 
 def _time(arguments: argparse.Namespace) -> None:
     print(f"{'model':<14} {'optimizer':<19} {'forward':>8} {'no graph':>8}  time / {arguments.base}  at most")
-    for name, make in MODELS.items():
+    for name in arguments.models:
+        make = MODELS[name]
         inputs = torch.randn(arguments.batch, 3, 32, 32, device=arguments.device)
         targets = torch.randint(10, (arguments.batch,), device=arguments.device)
         steppers = {method: Stepper(method, make, inputs, targets, arguments.base) for method in arguments.methods}
         steppers = {"base": Stepper(None, make, inputs, targets, arguments.base), **steppers}
-        times = interleaved(
+        rounds = interleaved(
             {method: partial(stepper.steps, STEPS_A_ROUND) for method, stepper in steppers.items()},
             arguments.rounds,
             arguments.device,
-            clock=time.process_time if arguments.clock == "processor" else time.perf_counter,
-            pick=statistics.median,
+            time.process_time if arguments.clock == "processor" else time.perf_counter,
         )
         for method, stepper in steppers.items():
-            ratio = f"{times[method] / times['base']:.2f}"
+            ratio = f"{relative(rounds[method], rounds['base']):.2f}"
             passes = f"{stepper.passes(True):>8.2f} {stepper.passes(False):>8.2f}"
             print(f"{name:<14} {method:<19} {passes} {ratio:>11} {MOST.get(method, ''):>10}", flush=True)
+
+
+def relative(times: list[float], base: list[float]) -> float:
+    """Median over rounds of the ratio of two times of the same round."""
+    return statistics.median(time / other for time, other in zip(times, base, strict=True))
 
 
 class Stepper:

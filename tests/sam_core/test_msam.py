@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
 import torch
 
-from sam_cases import BASES, assert_bitwise, copies, make_closure, make_model
+from sam_cases import BASES, assert_bitwise, copies, make_batch, make_closure, make_model
 from sam_core import MSAM
 
 
@@ -70,6 +71,24 @@ def test_at_weights_gives_w_and_goes_back(base):
     assert_bitwise(copies(model), moved)
     distance = torch.cat([(m - c).flatten() for m, c in zip(moved, clean, strict=True)]).norm()
     torch.testing.assert_close(distance.item(), 0.2, rtol=1e-10, atol=0)
+
+
+def test_at_weights_within_an_autocast_region(base):
+    """Its cache of cast weights must follow the moves."""
+    model = make_model(torch.float32)
+    optimizer, inputs = make(model, base, rho=2.0), make_batch(dtype=torch.float32)[0]
+    optimizer.step(make_closure(model, make_batch(dtype=torch.float32)))
+    fresh = []
+    for context in (contextlib.nullcontext, optimizer.at_weights):
+        with context(), torch.autocast("cpu", torch.bfloat16):
+            fresh.append(model(inputs))
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = [model(inputs)]
+        with optimizer.at_weights():
+            outputs.append(model(inputs))
+        outputs.append(model(inputs))
+    assert_bitwise(outputs, [*fresh, fresh[0]])
+    assert not torch.equal(*fresh)
 
 
 def test_first_step_is_the_base_optimizers(base):

@@ -89,7 +89,7 @@ class EfficientSAM(TwoPassOptimizer):
 
         Args:
             closure: ``closure(indices=None)`` returns the losses of the batch, one a sample [B], and does not call
-                backward; with indices [k], int64 and ascending, those of these samples [k].
+                backward; with indices [k], int64, ascending and on the losses' device, those of these samples [k].
             grads_ready: must be False: the losses at w are needed.
             grad_scaler: scales the losses here; call its ``update()`` afterwards, not its ``step``.
             ascent_context: context of the first pass.

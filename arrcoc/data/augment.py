@@ -26,9 +26,15 @@ from arrcoc.data.vocabulary import COLOURS
 from sam_core._checks import check_in, check_nonnegative
 
 _TRIES = 10
-_SIDES = re.compile(r"\b(?:left|right)(?:most|hand|wards?)?\b", re.IGNORECASE)
-_OTHER_COLOURS = "gray violet gold golden silver beige tan turquoise cyan teal magenta maroon navy blond blonde".split()
-_COLOURS = re.compile(rf"\b(?:{'|'.join([*COLOURS, *_OTHER_COLOURS])}|colou?r\w*)\b", re.IGNORECASE)
+_SIDES = re.compile(r"(?<![a-z])(?:left|right)(?:most|hand|wards?)?(?![a-z])", re.IGNORECASE)
+_OTHER_COLOURS = (
+    "gray violet lilac lavender indigo gold golden silver bronze beige tan khaki ivory cream turquoise cyan teal "
+    "magenta crimson scarlet maroon navy lime olive blond blonde blu redd rainbow"  # bluish, reddish
+).split()
+_COLOURS = re.compile(
+    rf"(?<![a-z])(?:(?:{'|'.join([*COLOURS, *_OTHER_COLOURS])})(?:ish)?(?![a-z])|\w*(?:colou?r|gr[ae]yscale))",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

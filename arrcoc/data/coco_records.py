@@ -65,7 +65,14 @@ class CocoRecords(Sequence[Record]):
         ids = {image["id"] for image in self._images}
         if len(ids) < len(self._images):
             raise ValueError(f"image ids must differ, got {len(self._images)} images with {len(ids)} ids.")
-        self._names = {category["id"]: str(category["name"]) for category in coco["categories"]}
+        self._names = {category["id"]: category["name"] for category in coco["categories"]}
+        if len(self._names) < len(coco["categories"]):
+            raise ValueError(
+                f"category ids must differ, got {len(coco['categories'])} categories with {len(self._names)} ids."
+            )
+        for name in self._names.values():
+            if not isinstance(name, str) or not name.strip():
+                raise ValueError(f"the name of a category must be a text that is not empty, got {name!r}.")
         self.category_names = tuple(sorted(set(self._names.values())))
         self._annotations = _by_image(coco["annotations"], ids, "annotation", skips)
         self.num_boxes_as_masks = 0
@@ -154,7 +161,7 @@ def _sentences(path: Path, annotations: Sequence[dict[str, Any]], skips: Skips) 
     found = []
     for number, ref in enumerate(refs):
         parts = ref.get("sentences") if isinstance(ref, dict) else None
-        if not isinstance(parts, list) or "ann_id" not in ref:
+        if not isinstance(parts, list) or isinstance(ref.get("ann_id", []), list | dict):
             raise ValueError(f"{path}: each reference must have ann_id and a list of sentences, got {ref!r}.")
         name = f"reference {ref.get('ref_id', number)}"
         annotation = by_id.get(ref["ann_id"])
@@ -223,7 +230,9 @@ def _pack(entry: dict[str, Any]) -> dict[str, Any]:
     """Sound polygons as arrays of numbers, which take a quarter of the memory of lists."""
     polygons = entry.get("segmentation")
     if isinstance(polygons, list):
-        with suppress(TypeError):  # a broken one is left as it is, and refused when its picture is checked
+        with suppress(
+            TypeError, OverflowError
+        ):  # a broken one is left as it is, and refused when its picture is checked
             entry["segmentation"] = [array("d", ring) for ring in polygons]
     return entry
 
@@ -237,4 +246,7 @@ def _read(path: Path, **entries: tuple[str, ...]) -> dict[str, list[Any]]:
         for entry in content[name]:
             if not isinstance(entry, dict) or any(key not in entry for key in keys):
                 raise ValueError(f"{path}: each of {name} must have {', '.join(keys)}, got {entry!r}.")
+            for key in ("id", "image_id", "category_id"):
+                if isinstance(entry.get(key), list | dict):
+                    raise ValueError(f"{path}: {key} must be a number or a text, got {entry[key]!r}.")
     return {name: content[name] for name in entries}

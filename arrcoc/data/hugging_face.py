@@ -160,9 +160,17 @@ def _record(row: Mapping[str, Any], names: Mapping[str, tuple[str, Sequence[str]
     entry = {}
     for key, (column, labels) in names.items():
         value = row[column]
-        entry[key] = labels[value] if labels and isinstance(value, int) else value
+        if labels and isinstance(value, int):
+            if not 0 <= value < len(labels):
+                message = f"the class label in {column!r} must be in [0, {len(labels)}), got {value!r}."
+                raise ItemError(message, reason="no label")
+            value = labels[value]
+        entry[key] = value
     queries = parse_queries({key: entry[key] for key in entry if key in ("queries", *QUERY_KEYS)}, _picture)
-    return Record(name=str(entry.get("name") or f"{number:08d}"), image=_picture(entry["image"]), queries=queries)
+    name = entry.get("name")
+    return Record(
+        name=f"{number:08d}" if name in (None, "") else str(name), image=_picture(entry["image"]), queries=queries
+    )
 
 
 def _picture(value: Any) -> PictureSource:

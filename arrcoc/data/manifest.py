@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import posixpath
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
@@ -65,6 +66,38 @@ def parse_queries(entry: Mapping[str, Any], open_mask: Callable[[Any], PictureSo
     return queries
 
 
+def parse_object(text: str, what: str, *, reason: str) -> dict[str, Any]:
+    """A JSON object whose keys all differ.
+
+    Args:
+        text: the JSON.
+        what: the message calls it.
+        reason: of the error.
+
+    Raises:
+        ItemError: if it is no such object.
+    """
+    try:
+        entry = json.loads(text, object_pairs_hook=_object)
+    except ItemError:
+        raise
+    except json.JSONDecodeError as error:
+        raise ItemError(f"{what} is not JSON: {error.msg} at character {error.pos + 1}.", reason=reason) from error
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 100,000 brackets
+        raise ItemError(f"{what} cannot be read: {error}.", reason=reason) from error
+    if not isinstance(entry, dict):
+        raise ItemError(f"{what} must be a JSON object, got {entry!r}.", reason=reason)
+    return entry
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entry = dict(pairs)
+    if len(entry) < len(pairs):
+        keys = ", ".join(key for key, _ in pairs)
+        raise ItemError(f"each key must stand there once, got {keys}.", reason="bad key")
+    return entry
+
+
 def add_queries(queries: Queries, more: Queries) -> None:
     """Put further texts of the same picture to the others; a text may stand once."""
     for text, regions in more.items():
@@ -108,7 +141,8 @@ def _regions(part: Mapping[str, Any], open_mask: Callable[[Any], PictureSource])
 class ManifestRecords(Sequence[Record]):
     """The pictures of a manifest in the order of their first lines; the lines of one picture are united.
 
-    One pass over the file checks every line and keeps 24 bytes of each; records are read again when asked for.
+    One pass over the file checks every line and keeps 24 bytes of each; records are read again when asked for. If a
+    line is broken, the other lines of its picture do not count either.
 
     Args:
         path: the manifest, UTF-8; paths in it are relative to its folder. Empty lines do not count.
@@ -125,23 +159,30 @@ class ManifestRecords(Sequence[Record]):
             raise FileNotFoundError(f"there is no manifest {str(self.path)!r}.")
         offsets, lines, owners = array("q"), array("q"), array("q")
         numbers: dict[str, int] = {}
+        broken: set[int] = set()
         with self.path.open("rb") as file:
             offset = 0
             for number, line in enumerate(file, start=1):
                 if line.strip():
+                    owner = -1
                     try:
-                        image = self._parse(line, number)[0]["image"]
+                        entry = _parse(line, number)
+                        owner = numbers.setdefault(_path(entry), len(numbers))
+                        self._queries(entry)
                     except ItemError as error:
                         skips.add_broken(self._name(number), error)
+                        broken.add(owner)
                     else:
-                        owners.append(numbers.setdefault(image, len(numbers)))
+                        owners.append(owner)
                         offsets.append(offset)
                         lines.append(number)
                 offset += len(line)
-        order = np.argsort(np.asarray(owners), kind="stable")
+        sound = np.flatnonzero(~np.isin(np.asarray(owners), list(broken)))
+        order = sound[np.argsort(np.asarray(owners)[sound], kind="stable")]
         self._offsets = np.asarray(offsets)[order]
         self._lines = np.asarray(lines)[order]
-        self._starts = np.searchsorted(np.asarray(owners)[order], np.arange(len(numbers) + 1))
+        first = np.flatnonzero(np.diff(np.asarray(owners)[order], prepend=-1))
+        self._starts = np.append(first, len(order))
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -159,34 +200,22 @@ class ManifestRecords(Sequence[Record]):
         with self.path.open("rb") as file:
             for place in range(self._starts[index], self._starts[index + 1]):
                 file.seek(self._offsets[place])
-                entry, more = self._parse(file.readline(), self._lines[place])
+                entry = _parse(file.readline(), self._lines[place])
                 if name not in (None, entry.get("name", name)):
                     message = f'"name" must be the same on all lines of {entry["image"]!r}, got {entry["name"]!r}.'
                     raise ItemError(message, reason="bad value", name=self._name(self._lines[place]))
                 name = entry.get("name", name)
                 try:
-                    add_queries(queries, more)
+                    add_queries(queries, self._queries(entry))
                 except ItemError as error:
                     error.name = self._name(self._lines[place])
                     raise
-        return Record(name=name or entry["image"], image=self.path.parent / entry["image"], queries=queries)
+        return Record(name=name or _path(entry), image=self.path.parent / entry["image"], queries=queries)
 
-    def _parse(self, line: bytes, number: int) -> tuple[dict[str, Any], Queries]:
-        try:
-            entry = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except UnicodeDecodeError as error:
-            raise ItemError(f"the line is not UTF-8: {error}.", reason="line unreadable") from error
-        except json.JSONDecodeError as error:
-            message = f"the line is not JSON: {error.msg} at column {error.colno}."
-            raise ItemError(message, reason="line unreadable") from error
-        if not isinstance(entry, dict):
-            raise ItemError(f"the line must be a JSON object, got {entry!r}.", reason="line unreadable")
+    def _queries(self, entry: dict[str, Any]) -> Queries:
         check_keys(entry, (*_LINE_KEYS, *QUERY_KEYS))
-        for key in ("image", "name"):
-            value = entry.get(key, None if key == "image" else "any")
-            if not isinstance(value, str) or not value:
-                raise ItemError(f'"{key}" must be a text that is not empty, got {value!r}.', reason="bad value")
-        return entry, parse_queries(entry, self._open_mask)
+        _check_text(entry, "name", "any")
+        return parse_queries(entry, self._open_mask)
 
     def _name(self, line: int) -> str:
         return f"{self.path.name}, line {line}"
@@ -195,6 +224,28 @@ class ManifestRecords(Sequence[Record]):
         if not isinstance(value, str) or not value:
             raise ItemError(f'"mask" must be the path of a picture, got {value!r}.', reason="bad value")
         return self.path.parent / value
+
+
+def _parse(line: bytes, number: int) -> dict[str, Any]:
+    """A line that says at least which picture it is about."""
+    try:
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise ItemError(f"the line is not UTF-8: {error}.", reason="line unreadable") from error
+    entry = parse_object(text, "the line", reason="line unreadable")
+    _check_text(entry, "image", None)
+    return entry
+
+
+def _check_text(entry: dict[str, Any], key: str, default: str | None) -> None:
+    value = entry.get(key, default)
+    if not isinstance(value, str) or not value:
+        raise ItemError(f'"{key}" must be a text that is not empty, got {value!r}.', reason="bad value")
+
+
+def _path(entry: dict[str, Any]) -> str:
+    """Of a picture, written one way: ./a.jpg is a.jpg."""
+    return posixpath.normpath(str(entry["image"]))
 
 
 def read_manifest(path: str | os.PathLike[str], *, skips: Skips | None = None) -> Iterator[Record]:

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 Mask = NDArray[np.bool_]
 Picture = NDArray[np.float32]
 
+LARGEST = 1e30  # coordinate of an outline: differences and products of such are still finite
+
 
 def fill_polygons(rings: Sequence[NDArray[np.floating[Any]]], height: int, width: int) -> Mask:
     """Pixels whose centre lies inside an odd number of the rings (even-odd rule, so a ring inside a ring is a hole).
@@ -100,17 +102,14 @@ def check_run_lengths(counts: Sequence[int] | str, height: int, width: int) -> N
     Raises:
         ValueError: if the runs are negative or do not sum to height * width.
     """
-    try:
-        runs = np.array(uncompress_counts(counts) if isinstance(counts, str) else counts).astype(
-            np.int64, casting="safe"
-        )
-    except TypeError:
-        raise ValueError(f"run lengths must be whole numbers, got {counts!r}.") from None
-    if runs.min(initial=0) < 0 or runs.sum() != height * width:
+    numbers = uncompress_counts(counts) if isinstance(counts, str) else counts
+    if not numbers or not all(isinstance(number, int) for number in numbers):
+        raise ValueError(f"run lengths must be whole numbers, got {counts!r}.")
+    if min(numbers) < 0 or sum(numbers) != height * width:
         raise ValueError(
-            f"run lengths must be >= 0 and sum to {height} * {width} = {height * width}, got {runs.sum()}."
+            f"run lengths must be >= 0 and sum to {height} * {width} = {height * width}, got {sum(numbers)}."
         )
-    return runs
+    return np.array(numbers, dtype=np.int64)
 
 
 def decode_run_lengths(counts: Sequence[int] | str, height: int, width: int) -> Mask:
@@ -120,10 +119,12 @@ def decode_run_lengths(counts: Sequence[int] | str, height: int, width: int) -> 
     return np.ascontiguousarray(flat.reshape(width, height).T)
 
 
-def segmentation_counts(segmentation: Mapping[str, Any], height: int, width: int) -> Sequence[int] | str:
+def segmentation_counts(segmentation: object, height: int, width: int) -> Sequence[int] | str:
     """The run lengths of a COCO ``segmentation``, made for a picture of this size."""
+    if not isinstance(segmentation, Mapping):
+        raise ValueError(f'run lengths must be {{"size": ..., "counts": ...}}, got {segmentation!r}.')
     size = segmentation.get("size")
-    if list(size or []) != [height, width]:
+    if not isinstance(size, list | tuple) or list(size) != [height, width]:
         raise ValueError(f"run-length size must be {[height, width]}, as the picture, got {size!r}.")
     counts = segmentation.get("counts")
     if not isinstance(counts, str | list):
@@ -140,12 +141,14 @@ def segmentation_rings(segmentation: object) -> list[NDArray[np.float64]]:
         if not isinstance(polygon, list | array) or len(polygon) < 6 or len(polygon) % 2:
             raise ValueError(f"a polygon must be [x, y, x, y, ...] with at least 3 points, got {polygon!r}.")
         try:
-            ring = np.array(polygon).astype(np.float64, casting="same_kind").reshape(-1, 2)
+            ring = np.array(polygon).astype(np.float64, casting="same_kind")
         except (TypeError, ValueError):
-            raise ValueError(f"a polygon's coordinates must be numbers, got {polygon!r}.") from None
-        if not np.isfinite(ring).all():
-            raise ValueError(f"a polygon's coordinates must be finite, got {polygon!r}.")
-        rings.append(ring)
+            ring = np.zeros((0, 0))
+        if ring.ndim != 1:
+            raise ValueError(f"a polygon's coordinates must be numbers, got {polygon!r}.")
+        if not (abs(ring) < LARGEST).all():
+            raise ValueError(f"a polygon's coordinates must be finite, below {LARGEST:g}, got {polygon!r}.")
+        rings.append(ring.reshape(-1, 2))
     return rings
 
 

@@ -60,7 +60,9 @@ def open_picture(source: PictureSource) -> Iterator[Image.Image]:
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         message = f"{describe(source)} has more than {Image.MAX_IMAGE_PIXELS} pixels and may be a decompression bomb."
         raise ItemError(message, reason="picture too large") from error
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise for truncated or broken files
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders stumble over broken files in many ways, RuntimeError among them
         message = f"cannot read the pixels of {describe(source)}: {error}."
         raise ItemError(message, reason="picture unreadable") from error
 

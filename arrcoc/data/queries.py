@@ -148,7 +148,7 @@ def absent_names(
 
     Args:
         vocabulary: names to choose from; all that could be in the picture must have been looked for.
-        present: names that are in the picture, in letters of any case.
+        present: names that are in the picture, in letters of any case, singular or regular plural.
         count: how many; fewer are given if there are fewer.
         key: names the picture, e.g. its id.
         synonyms: name -> other names of the same; a synonym of what is present is not absent.
@@ -157,10 +157,17 @@ def absent_names(
         ValueError: if count is not a whole number >= 0.
     """
     check_count("count", count, at_least=0)
-    found = {name.casefold() for name in present}
+    there = _forms(present)
+    found = set(there)
     for name, others in (synonyms or {}).items():
-        same = {other.casefold() for other in (name, *others)}
-        if not same.isdisjoint(name.casefold() for name in present):
+        same = _forms((name, *others))
+        if not same.isdisjoint(there):
             found |= same
-    absent = {name for name in vocabulary if name.casefold() not in found}
+    absent = {name for name in vocabulary if _forms((name,)).isdisjoint(found)}
     return tuple(sorted(absent, key=lambda name: (hash_fraction(f"{key}/{name}"), name))[:count])
+
+
+def _forms(names: Collection[str]) -> set[str]:
+    """Names as they are and in the plural, in one case: what names the same has one of them in common."""
+    folded = [name.casefold() for name in names]
+    return {*folded, *map(plural, folded)}

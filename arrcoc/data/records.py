@@ -117,8 +117,7 @@ def choose_absent(record: Record, vocabulary: Sequence[str], count: int) -> tupl
     if len(vocabulary) > MOST_NAMES:
         start = int(hash_fraction(key) * len(vocabulary))
         vocabulary = [vocabulary[(start + step) % len(vocabulary)] for step in range(MOST_NAMES)]
-    present = {text.casefold() for text in (*record.present, *record.queries)}
-    return absent_names([name for name in vocabulary if name.casefold() not in present], (), count, key=key)
+    return absent_names(vocabulary, (*record.present, *record.queries), count, key=key)
 
 
 def make_sample(record: Record, picture: Image.Image, texts: Sequence[str], absent: Sequence[str]) -> RelevanceSample:

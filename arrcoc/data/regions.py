@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arrcoc.data.masks import (
+    LARGEST,
     Mask,
     check_run_lengths,
     count_polygons,
@@ -86,9 +87,8 @@ def count_pixels(regions: Sequence[Region], height: int, width: int) -> list[tup
         for region in regions:
             if region.kind == "polygons":
                 own = segmentation_rings(region.value)
-                parts.append(
-                    np.arange(len(rings), len(rings) + len(own))
-                )  # their numbers, until all are counted at once
+                # Their numbers, until all are counted at once.
+                parts.append(np.arange(len(rings), len(rings) + len(own)))
                 rings += own
             elif region.kind == "boxes":
                 top, bottom, left, right = _box_edges(region.value, height, width).T
@@ -114,7 +114,7 @@ def _box_edges(boxes: object, height: int, width: int) -> NDArray[np.int64]:
         raise ValueError(f"boxes must be [[x, y, width, height], ...], at least one, got {boxes!r}.")
     for box in boxes:
         numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(side, int | float) for side in box)
-        if not numbers or not np.isfinite(box).all() or min(box[2:]) <= 0:
+        if not numbers or not all(abs(side) < LARGEST for side in box) or min(box[2:]) <= 0:
             raise ValueError(f"a box must be [x, y, width, height] with width and height > 0, got {box!r}.")
     x, y, box_width, box_height = np.array(boxes, dtype=np.float64).T
     edges = np.stack([y, y + box_height, x, x + box_width], axis=1)

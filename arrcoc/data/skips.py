@@ -75,7 +75,8 @@ class Skips:
             for verb, counts in (("skipped", self.broken), ("left out", self.left_out))
             for reason, number in counts.most_common()
         ]
-        return "\n".join(lines) or "nothing skipped"
+        text = "\n".join(lines) or "nothing skipped"
+        return text.encode(errors="backslashreplace").decode()  # names of files may be any bytes; this can be printed
 
     def _add(self, counts: Counter[str], reason: str, name: str, detail: str) -> None:
         counts[reason] += 1

@@ -17,8 +17,8 @@ _FORMAT = "arrcoc-splits-1"
 
 
 def hash_fraction(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone, the same on every machine."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
+    """A number in [0, 1) that depends on the text alone, the same on every machine; file names may be any bytes."""
+    return int.from_bytes(hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:6], "big") / 2**48
 
 
 def split_by_image(names: Sequence[str], shares: Mapping[str, float], seed: int = 0) -> dict[str, list[str]]:

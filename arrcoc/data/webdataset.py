@@ -8,18 +8,17 @@ Python's own ``tarfile`` opens them, and every member is decoded here: nothing i
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
-from arrcoc.data.manifest import QUERY_KEYS, Queries, add_queries, check_keys, parse_queries
+from arrcoc.data.manifest import QUERY_KEYS, Queries, add_queries, check_keys, parse_object, parse_queries
 from arrcoc.data.pictures import SUFFIXES
 from arrcoc.data.records import Record
 from arrcoc.data.regions import Region
@@ -122,13 +121,29 @@ def _read(shards: Sequence[Path], skips: Skips, texts: str) -> Iterator[Record]:
                 skips.add_broken(f"{shard.name}/{key}", error)
 
 
-def _groups(shard: Path, skips: Skips) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Members that follow each other under one name: the name, and ending -> content."""
-    key, members = "", dict[str, bytes]()
+class _Header(tarfile.TarInfo):
+    """A header of which only the end of an archive ends it: ``tarfile`` itself ends at any damaged one, silently."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if buf and not any(buf):
+                raise  # a block of zeros: the end
+            raise tarfile.ReadError(str(error) if buf else "it was cut between two members") from error
+
+
+def _groups(shard: Path, skips: Skips) -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
+    """Members that follow each other under one name: the name, and their (ending, content)."""
+    key, members = "", list[tuple[str, bytes]]()
     try:
-        with tarfile.open(shard, mode="r|*") as tar:
+        with tarfile.open(shard, mode="r|*", tarinfo=_Header) as tar:
             for info in tar:
                 tar.members = []  # type: ignore[attr-defined]  # it would keep the headers of all members
+                if info.issym() or info.islnk():
+                    error = ItemError(f"a link to {info.linkname!r} is not followed.", reason="member is a link")
+                    skips.add_broken(f"{shard.name}/{info.name}", error)
                 folder, _, file = info.name.rpartition("/")
                 stem, dot, ending = file.partition(".")
                 if not info.isreg() or not stem or not dot:
@@ -136,12 +151,15 @@ def _groups(shard: Path, skips: Skips) -> Iterator[tuple[str, dict[str, bytes]]]
                 name = f"{folder}/{stem}" if folder else stem
                 if name != key and members:
                     yield key, members
-                    members = {}
+                    members = []
                 content = tar.extractfile(info)
                 assert content is not None  # a regular file
-                key, members[ending] = name, content.read()
-        if not _is_whole(shard):
-            raise tarfile.ReadError("it was cut between two members")
+                key = name
+                members.append((ending, content.read()))
+            assert tar.fileobj is not None
+            while rest := tar.fileobj.read(tarfile.RECORDSIZE):
+                if any(rest):
+                    raise tarfile.ReadError("it goes on behind its end")
     except (tarfile.TarError, OSError, EOFError) as error:
         skips.add_broken(str(shard), ItemError(f"the shard is damaged: {error}.", reason="shard broken"))
         return  # the members at hand may be incomplete
@@ -149,16 +167,11 @@ def _groups(shard: Path, skips: Skips) -> Iterator[tuple[str, dict[str, bytes]]]
         yield key, members
 
 
-def _is_whole(shard: Path) -> bool:
-    """Whether a plain tar file ends with its two empty blocks, which ``tarfile`` does not ask for."""
-    with shard.open("rb") as file:
-        if file.read(512)[257:262] != b"ustar":
-            return True  # compressed: decompression finds out; or empty
-        file.seek(-1024, os.SEEK_END)
-        return not any(file.read())
-
-
-def _record(key: str, members: dict[str, bytes], texts: str) -> Record:
+def _record(key: str, contents: list[tuple[str, bytes]], texts: str) -> Record:
+    members = dict(contents)
+    if len(members) < len(contents):
+        endings = ", ".join(ending for ending, _ in contents)
+        raise ItemError(f"each member must stand there once, got {endings}.", reason="member twice")
     images = [ending for ending in members if f".{ending.lower()}" in SUFFIXES]
     if len(images) != 1:
         raise ItemError(f"there must be one picture, got {', '.join(members)}.", reason="picture missing")
@@ -183,13 +196,7 @@ def _record(key: str, members: dict[str, bytes], texts: str) -> Record:
 
 
 def _json(members: dict[str, bytes]) -> dict[str, Any]:
-    text = _text(members, "json")
-    try:
-        entry = json.loads(text)
-    except ValueError as error:
-        raise ItemError(f"the member json is not JSON: {error}.", reason="json unreadable") from error
-    if not isinstance(entry, dict):
-        raise ItemError(f"the member json must be a JSON object, got {entry!r}.", reason="json unreadable")
+    entry = parse_object(_text(members, "json"), "the member json", reason="json unreadable")
     check_keys(entry, ("name", "queries", "meta", *QUERY_KEYS))
     if not isinstance(entry.get("name", ""), str):
         raise ItemError(f'"name" must be a text, got {entry["name"]!r}.', reason="bad value")

@@ -116,8 +116,10 @@ class RecordStore:
         try:
             _write(records, data)
             _write(index, f"{key} {record.row} {record.checksum:08x}\n".encode())
-        except BaseException:
+        except BaseException as error:
             self.close()  # whatever stands at the end of this part, nothing follows it
+            if isinstance(error, OSError):
+                error.filename = str(part)  # writing to an open file leaves it out
             raise
         self._num_written += 1
         self._found.setdefault(key, []).append(record)

@@ -400,6 +400,12 @@ def test_missing_files(tmp_path: Path) -> None:
             {"images": [{"id": 1, "file_name": "a", "height": 1, "width": 1}] * 2},
             r"image ids must differ, got 2",
         ),
+        ({"categories": [{"id": 3, "name": "cat"}, {"id": 3, "name": "dog"}]}, r"category ids must differ, got 2"),
+        ({"categories": [{"id": 3, "name": " "}]}, r"the name of a category must be a text that is not empty, got ' '"),
+        (
+            {"annotations": [{"image_id": [1], "category_id": 3}]},
+            r"image_id must be a number or a text, got \[1\]",
+        ),
     ],
 )
 def test_not_in_coco_format(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

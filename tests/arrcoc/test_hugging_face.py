@@ -74,14 +74,25 @@ def test_named_columns_paths_and_class_labels(tmp_path: Path) -> None:
             "photo": [str(save(tmp_path / "one.png", noise())), str(save(tmp_path / "two.png", noise(1)))],
             "label": [1, 0],
             "where": [[BOX], [BOX]],
-            "file": ["one", None],
+            "file": [0, None],
         }
     ).cast_column("label", datasets.ClassLabel(names=["cat", "dog"]))
     columns = {"image": "photo", "text": "label", "boxes": "where", "name": "file"}
     by_number, _ = both(data, columns=columns)
-    assert [(one.name, one.queries) for one in by_number] == [("one", ("dog",)), ("00000001", ("cat",))]
+    assert [(one.name, one.queries) for one in by_number] == [("0", ("dog",)), ("00000001", ("cat",))]
     with_absent, _ = both(data, Selection(absent_queries=1), columns=columns, vocabulary=["cat", "dog"])
     assert [one.queries for one in with_absent] == [("dog", "cat"), ("cat", "dog")]
+
+
+def test_a_label_that_is_none_is_no_text() -> None:
+    """-1 is what the library's data sets say where there is no label."""
+    picture = {"bytes": png(noise()), "path": None}
+    data = datasets.Dataset.from_dict({"image": [picture] * 2, "text": [-1, 0], "boxes": [[BOX]] * 2})
+    data = data.cast_column("text", datasets.ClassLabel(names=["cat", "dog"]))
+    by_number, in_a_row = both(data, Selection(on_error="skip"))
+    assert by_number.names == ("00000001",) and in_a_row.skips.broken == {"no label": 1}
+    with pytest.raises(ValueError, match=r"^row 0: the class label in 'text' must be in \[0, 2\), got -1"):
+        HuggingFaceDataset(data)
 
 
 def test_several_queries_a_row(tmp_path: Path) -> None:

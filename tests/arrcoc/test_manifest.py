@@ -72,6 +72,28 @@ def test_lines_of_a_picture_are_united(tmp_path: Path) -> None:
     assert not ManifestDataset(path)[0].masks[1].any()
 
 
+def test_a_picture_is_one_however_its_path_is_written(tmp_path: Path) -> None:
+    paths = ("images/a.png", "./images/a.png", "images/../images//a.png")
+    path = write(tmp_path, *({"image": image, "text": image, "boxes": [BOX]} for image in paths))
+    (sample,) = ManifestDataset(path)
+    assert (sample.name, sample.queries) == ("images/a.png", paths)
+
+
+def test_a_picture_with_a_broken_line_is_not_used(tmp_path: Path) -> None:
+    """Its other queries would be right, but what the line is about might be asked for as absent."""
+    path = write(
+        tmp_path,
+        {"image": "images/a.png", "text": "cup", "boxes": [BOX]},
+        {"image": "images/b.png", "text": "dog", "boxes": [BOX]},
+        {"image": "images/a.png", "text": "dog", "boxes": []},
+        b"no JSON",
+    )
+    selection = Selection(on_error="skip", absent_queries=1)
+    for found in (ManifestDataset(path, selection), stream_manifest(path, selection)):
+        assert [sample.name for sample in found] == ["images/b.png"]
+        assert found.skips.broken == {"region broken": 1, "line unreadable": 1}
+
+
 def test_pictures_to_score_only(tmp_path: Path) -> None:
     path = write(tmp_path, {"image": "images/a.png", "text": "cup"}, {"image": "images/b.png"})
     first, second = read_manifest(path)
@@ -86,7 +108,10 @@ def test_pictures_to_score_only(tmp_path: Path) -> None:
 BROKEN: list[tuple[Any, str, str]] = [
     (b'{"image": "\xff"}', r"the line is not UTF-8: ", "line unreadable"),
     (b'{"image": "a"', r"the line is not JSON: Expecting", "line unreadable"),
+    (b"9" * 5000, r"the line cannot be read: Exceeds the limit", "line unreadable"),
+    (b"[" * 100_000, r"the line cannot be read: ", "line unreadable"),
     ([1], r"the line must be a JSON object, got \[1\]", "line unreadable"),
+    (b'{"image": "a", "text": "b", "text": "c"}', r"each key must stand there once, got image, text, text", "bad key"),
     ({"text": "cup"}, r'"image" must be a text that is not empty, got None', "bad value"),
     ({"image": "a", "name": ""}, r'"name" must be a text that is not empty, got \'\'', "bad value"),
     ({"image": "a", "txt": "cup"}, r"unknown key 'txt'; did you mean \"text\"\?", "bad key"),

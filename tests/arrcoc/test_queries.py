@@ -116,6 +116,8 @@ def test_absent_names_are_no_synonyms_of_what_is_there_and_may_be_few() -> None:
     synonyms = {"couch": ["sofa", "settee"]}
     assert absent_names(["sofa", "cup", "Couch"], ["Settee"], 3, key="1", synonyms=synonyms) == ("cup",)
     assert absent_names(["Cup", "pan"], ["cup"], 3, key="1") == ("pan",)
+    assert absent_names(["cups", "berry", "pans"], ["Cup", "berries"], 3, key="1") == ("pans",)
+    assert absent_names(["sofas", "cup"], ["couches"], 3, key="1", synonyms=synonyms) == ("cup",)
     assert absent_names(["cup"], [], 0, key="1") == ()
     with pytest.raises(ValueError, match="count must be an integer >= 0, got -1"):
         absent_names(["cup"], [], -1, key="1")

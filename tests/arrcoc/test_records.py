@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import tracemalloc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -262,6 +263,24 @@ def test_rotation_in_exif_is_not_applied_and_transparency_is_white(tmp_path: Pat
     clear.putalpha(0)
     assert np.array(decode_picture(png(clear))).min() == 255
     np.testing.assert_array_equal(np.array(decode_picture(picture)), np.array(picture))
+
+
+def test_whatever_a_decoder_raises_is_a_broken_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stumble(picture: object) -> None:
+        raise RuntimeError("Failed to decode frame 0")  # as AVIF's
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", stumble)
+    with pytest.raises(ItemError, match=r"cannot read the pixels of \d+ bytes: Failed to decode frame 0"):
+        decode_picture(BYTES)
+
+
+def test_names_of_any_bytes_are_split_and_printed(tmp_path: Path) -> None:
+    name = os.fsdecode(b"\xff.png")
+    dataset = RecordDataset([record(name=name)], Selection(split="train"))
+    assert dataset.names in ((), (name,))
+    skips = Skips("skip")
+    skips.add_broken(name, ItemError("gone.", reason="picture missing"))
+    assert skips.summary() == "1 skipped: picture missing (e.g. \\udcff.png: gone.)"
 
 
 def test_a_decompression_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

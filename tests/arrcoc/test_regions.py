@@ -94,6 +94,7 @@ def test_counts_of_many_regions_at_once() -> None:
         ("boxes", [[3, 4, 0, 6]], r"width and height > 0, got \[3, 4, 0, 6\]", "region broken"),
         ("boxes", [[3, 4, float("inf"), 6]], r"a box must be", "region broken"),
         ("boxes", [[3, 4, "5", 6]], r"a box must be", "region broken"),
+        ("boxes", [[3, 4, 10**400, 6]], r"a box must be", "region broken"),
         ("polygons", [[1, 2, 3, 4]], r"a polygon must be", "region broken"),
         (
             "rle",
@@ -101,6 +102,8 @@ def test_counts_of_many_regions_at_once() -> None:
             r"run-length size must be \[40, 60\], as the picture",
             "region broken",
         ),
+        ("rle", None, r"run lengths.*, got None", "region broken"),
+        ("rle", {"size": 40, "counts": [2]}, r"run-length size must be .*, got 40", "region broken"),
         ("mask", b"nothing", r"mask: 7 bytes is not a picture that Pillow can read", "mask unreadable"),
         ("mask", "nowhere.png", r"mask: .*No such file.*nowhere\.png", "mask missing"),
         (

@@ -147,9 +147,9 @@ def test_a_writer_that_fails_in_the_middle_goes_on_in_another_part(
 
     def full_disk(file: object, data: bytes) -> None:
         file.write(data[: len(data) // 2])  # type: ignore[attr-defined]
-        raise OSError("disk full")
+        raise OSError(28, "disk full")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"disk full: '.*000001\.records'"):
         patch.setattr(record_store, "_write", full_disk)
         cache.put(key(1), tokens(1))
     assert key(1) not in cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import itertools
 import json
@@ -144,8 +145,9 @@ def test_broken_pictures_in_sound_members(tmp_path: Path) -> None:
 BLOCKS = 512 * (1 + -(-len(PICTURE) // 512))  # that a picture takes in a tar file
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("damage", ["in a picture", "behind a picture", "in a header", "in a text", "text"])
-def test_damaged_shards(tmp_path: Path, damage: str) -> None:
+def test_damaged_shards(tmp_path: Path, damage: str, packed: bool) -> None:
     members = {
         f"{number}.{ending}": content for number in range(3) for ending, content in (("png", PICTURE), ("json", BOXED))
     }
@@ -153,13 +155,57 @@ def test_damaged_shards(tmp_path: Path, damage: str) -> None:
     start = 2 * (BLOCKS + 1024)  # of the third picture
     cuts = {"in a picture": 2000, "behind a picture": BLOCKS, "in a header": BLOCKS + 99, "in a text": BLOCKS + 520}
     cut = first.read_bytes()[: start + cuts.get(damage, 0)]
-    first.write_bytes(b"no archive at all" * 99 if damage == "text" else cut)
+    cut = b"no archive at all" * 99 if damage == "text" else cut
+    first.write_bytes(gzip.compress(cut) if packed else cut)
     with pytest.raises(ValueError, match=r"0\.tar: the shard is damaged: "):
         list(stream_shards([first, second]))
     several = stream_shards([first, second], Selection(on_error="skip"))
     names = [sample.name for sample in several]
     assert names == [*([] if damage == "text" else ["0.png", "1.png"]), "0.png", "1.png", "2.png"]
     assert several.skips.broken == {"shard broken": 1} and not several.skips.left_out
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("checksum", "bad checksum"),  # tarfile takes either for the end, and says nothing of what comes after
+        ("zeros", "it goes on behind its end"),
+        ("one behind the other", "it goes on behind its end"),
+    ],
+)
+def test_what_lies_behind_a_damaged_header_is_not_lost_silently(
+    tmp_path: Path, damage: str, message: str, packed: bool
+) -> None:
+    shard = write(tmp_path / "0.tar", {f"{number}.png": PICTURE for number in range(3)})
+    content = bytearray(shard.read_bytes())
+    header = content.index(b"2.png")
+    if damage == "checksum":
+        content[header] ^= 1
+    elif damage == "zeros":
+        content[header : header + 512] = bytes(512)
+    else:
+        content = content + content
+    shard.write_bytes(gzip.compress(content) if packed else content)
+    with pytest.raises(ValueError, match=rf"0\.tar: the shard is damaged: {message}"):
+        list(iterate_shards(shard))
+
+
+def test_members_that_stand_twice_and_links(tmp_path: Path) -> None:
+    shard = tmp_path / "x.tar"
+    with tarfile.open(shard, "w") as tar:
+        for name, content in (("a.png", PICTURE), ("a.json", BOXED), ("a.png", CUP_PNG), ("b.png", PICTURE)):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+        link = tarfile.TarInfo("c.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/b.png"
+        tar.addfile(link)
+    skips = Skips("skip")
+    assert [record.name for record in iterate_shards(shard, skips=skips)] == ["b.png"]
+    assert skips.broken == {"member twice": 1, "member is a link": 1}
+    assert skips.examples["member twice"] == [("x.tar/a", "each member must stand there once, got png, json, png.")]
+    assert skips.examples["member is a link"] == [("x.tar/c.png", "a link to '/b.png' is not followed.")]
 
 
 def test_patterns(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ records        Record, RecordDataset: what all readers share; streams: RecordStr
 selection      Selection: splits, limits, absent queries; splits: split_by_image, Splits and their file
 augment        RelevanceAugmentation: random changes that keep masks and queries true
 queries        QueryVariants: templates and synonyms; absent_names
+entries        what is asked of a picture, as JSON says it
 regions        Region: a mask picture, boxes, polygons or run lengths as a mask (masks); pictures: stored pictures
 skips          Skips, ItemError: what was not used and why
 """

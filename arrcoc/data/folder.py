@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from arrcoc.data.manifest import Queries, add_queries
+from arrcoc.data.entries import Queries, add_queries
 from arrcoc.data.pictures import SUFFIXES
 from arrcoc.data.records import Record, RecordDataset
 from arrcoc.data.regions import Region

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from PIL import Image
 
-from arrcoc.data.manifest import QUERY_KEYS, parse_queries
+from arrcoc.data.entries import QUERY_KEYS, parse_queries
 from arrcoc.data.pictures import PictureSource
 from arrcoc.data.records import Record, RecordDataset
 from arrcoc.data.selection import Selection

@@ -1,6 +1,7 @@
 """Stored pictures, opened one way: a path, the bytes of a file or a PIL picture, with errors that say what is wrong.
 
-Masks refer to the stored pixels, so a rotation in EXIF is not applied here.
+Masks refer to the stored pixels, so a rotation in EXIF is not applied here. Pillow applies a TIFF's own unasked, so a
+TIFF with one is refused.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
 from arrcoc.data.skips import ItemError
 from arrcoc.images import load_image
@@ -49,6 +50,11 @@ def open_picture(source: PictureSource) -> Iterator[Image.Image]:
                 io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as file,
                 Image.open(file) as picture,
             ):
+                if isinstance(picture, TiffImagePlugin.TiffImageFile) and _orientation(picture) != 1:
+                    message = (
+                        f"{describe(source)} is a TIFF that says how to turn it, and Pillow does; save it upright."
+                    )
+                    raise ItemError(message, reason="turned TIFF")
                 yield picture
     except ItemError:
         raise
@@ -65,6 +71,10 @@ def open_picture(source: PictureSource) -> Iterator[Image.Image]:
     except Exception as error:  # Pillow's decoders stumble over broken files in many ways, RuntimeError among them
         message = f"cannot read the pixels of {describe(source)}: {error}."
         raise ItemError(message, reason="picture unreadable") from error
+
+
+def _orientation(picture: TiffImagePlugin.TiffImageFile) -> int:
+    return int(picture.tag_v2.get(ExifTags.Base.Orientation, 1))
 
 
 def picture_size(source: PictureSource) -> tuple[int, int]:

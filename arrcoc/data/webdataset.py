@@ -18,7 +18,7 @@ from typing import Any, Self
 
 import torch
 
-from arrcoc.data.manifest import QUERY_KEYS, Queries, add_queries, check_keys, parse_object, parse_queries
+from arrcoc.data.entries import QUERY_KEYS, Queries, add_queries, check_keys, parse_object, parse_queries
 from arrcoc.data.pictures import SUFFIXES
 from arrcoc.data.records import Record
 from arrcoc.data.regions import Region

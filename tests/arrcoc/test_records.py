@@ -259,6 +259,11 @@ def test_rotation_in_exif_is_not_applied_and_transparency_is_white(tmp_path: Pat
     picture.save(tmp_path / "turned.png", exif=exif)
     assert decode_picture(tmp_path / "turned.png").size == (WIDTH, HEIGHT)
     assert picture_size(tmp_path / "turned.png") == (HEIGHT, WIDTH)
+    picture.save(tmp_path / "turned.tiff", exif=exif)
+    with pytest.raises(ItemError, match=r"turned\.tiff' is a TIFF that says how to turn it, and Pillow does; save it"):
+        picture_size(tmp_path / "turned.tiff")
+    picture.save(tmp_path / "plain.tiff")
+    assert picture_size(tmp_path / "plain.tiff") == (HEIGHT, WIDTH)
     clear = noise()
     clear.putalpha(0)
     assert np.array(decode_picture(png(clear))).min() == 255

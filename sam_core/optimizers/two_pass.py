@@ -88,6 +88,9 @@ class TwoPassOptimizer(GuardedOptimizer):
 
     def _second_pass_is_due(self) -> bool:
         """The schedule: whether this step needs the gradient at a second point."""
+        return self._has_radius()
+
+    def _has_radius(self) -> bool:
         return any(group["rho"] != 0 for group in self.param_groups)
 
     # The protocol -----------------------------------------------------------------------------------------------------
@@ -181,8 +184,8 @@ class TwoPassOptimizer(GuardedOptimizer):
     ) -> Any:
         """One whole step: both passes, back to w, base step.
 
-        Where no second pass is due (rho = 0 in every group, or LookSAM between two of its own) the closure runs once;
-        with ``grads_ready``, not at all.
+        Where no second pass is due (rho = 0 in every group, or LookSAM between two of its own) the closure runs once.
+        With ``grads_ready`` it runs once as well, at w for rho = 0; between LookSAM's own steps not at all.
 
         Args:
             closure: computes the loss, calls backward on it (on ``grad_scaler.scale(loss)``) and returns it, or
@@ -224,7 +227,7 @@ class TwoPassOptimizer(GuardedOptimizer):
         if not grads_ready:
             # A gradient that is stepped with is taken outside ascent_context: it must be synchronised.
             loss = self._evaluate(closure, ascent_context if due else None)
-        if not due:
+        if not due and (self._has_radius() or not grads_ready):
             self._descend("w", grad_scaler)
             return loss
         self.first_step(grad_scaler=grad_scaler)

@@ -88,6 +88,23 @@ def test_rho_zero_is_the_base_optimizer_bit_for_bit(build, method, base):
     assert_bitwise(copies(model), copies(plain))
 
 
+@pytest.mark.parametrize("method", [name for name in TWO_PASS if name in WITH_BACKWARD], indirect=True)
+def test_rho_zero_with_gradients_ready_runs_the_closure_once_and_returns_its_loss(build, method, base):
+    model, plain = make_model(), make_model()
+    optimizer, calls = build(model, rho=0.0), []
+    base_optimizer = BASES[base][0](plain.parameters(), **BASES[base][1])
+    for _ in range(4):
+        closure = make_closure(model)
+        optimizer.zero_grad()
+        closure()
+        loss = optimizer.step(lambda closure=closure: (calls.append(1), closure())[1], grads_ready=True)
+        base_optimizer.zero_grad()
+        assert loss == make_closure(plain)()
+        base_optimizer.step()
+    assert len(calls) == 4
+    assert_bitwise(copies(model), copies(plain))
+
+
 def test_weights_come_back_in_place_and_frozen_ones_stay(build, method):
     """Regressions: peers' defects 3 and 13; storage was swapped, frozen parameters were moved and thawed."""
     model = make_model()

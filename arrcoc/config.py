@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sam_core._checks import check_count, check_nonnegative, check_positive
+from sam_core._checks import check_count, check_in, check_nonnegative, check_positive, check_share
 from sam_core.optimizers import METHODS, OptimizerWrapper
 
 LOSSES = ("bce", "mse", "listwise", "smooth_ap")
@@ -66,7 +66,7 @@ class TrainConfig:
         min_lr: what it falls to, at most lr.
         weight_decay: of the base optimizer, decoupled for AdamW.
         optimizer: method of sam_core by its name in small letters, e.g. "sam" or "asam"; "none" for the base
-            optimizer alone.
+            optimizer alone. ("memoryefficientsam" is "sam" here: it saves memory in a loop of its own alone.)
         optimizer_options: further arguments of the method, e.g. eta of "asam".
         base_optimizer: name of the torch.optim class that makes the step.
         base_options: further arguments of that class, e.g. momentum of "SGD".
@@ -119,32 +119,44 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_count("epochs", self.epochs, at_least=1)
         check_positive("lr", self.lr)
-        _check_share("warm_up", self.warm_up)
-        _check_choice("schedule", self.schedule, SCHEDULES)
+        check_share("warm_up", self.warm_up)
+        check_in("schedule", self.schedule, SCHEDULES)
         check_nonnegative("min_lr", self.min_lr)
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr must be at most lr = {self.lr!r}, got {self.min_lr!r}.")
         for name in ("weight_decay", "rho", "penalty_weight", "input_radius", "min_delta"):
             check_nonnegative(name, getattr(self, name))
-        _check_choice("loss", self.loss, LOSSES)
-        _check_choice("precision", self.precision, PRECISIONS)
-        _check_choice("nonfinite", self.nonfinite, ("raise", "skip"))
+        check_in("loss", self.loss, LOSSES)
+        check_in("precision", self.precision, PRECISIONS)
+        check_in("nonfinite", self.nonfinite, ("raise", "skip"))
         check_count("accumulation_steps", self.accumulation_steps, at_least=1)
         if self.max_grad_norm is not None:
             check_positive("max_grad_norm", self.max_grad_norm)
-        _check_share("ema_decay", self.ema_decay)
+        check_share("ema_decay", self.ema_decay)
         if self.patience is not None:
             check_count("patience", self.patience, at_least=1)
         check_count("train_blocks", self.train_blocks, at_least=0)
         check_positive("backbone_lr_factor", self.backbone_lr_factor)
         check_count("seed", self.seed, at_least=0)
-        _check_choice("optimizer", self.optimizer, (*METHODS, BASE_ALONE))
+        check_in("optimizer", self.optimizer, (*METHODS, BASE_ALONE))
         base_class = getattr(torch.optim, self.base_optimizer, None)
         if not (isinstance(base_class, type) and issubclass(base_class, torch.optim.Optimizer)):
             raise ValueError(f"base_optimizer must name a class of torch.optim, got {self.base_optimizer!r}.")
         if self.optimizer_options or self.base_options or self.base_optimizer != "AdamW":
             # Bad options are refused now, not after an hour; the defaults are known to be good, and it takes a second.
-            self.make_optimizer([torch.nn.Parameter(torch.zeros(1))])
+            self._try_optimizer()
+
+    def _try_optimizer(self) -> None:
+        param = torch.nn.Parameter(torch.zeros(1))
+        base = self.make_optimizer([param]).base_optimizer
+        param.grad = torch.ones(1)
+        try:
+            base.step()
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"base_optimizer must make a step with a dense gradient and its options, {self.base_optimizer} with "
+                f"{self.base_options!r} does not: {error}."
+            ) from error
 
     def make_optimizer(self, params: Any) -> OptimizerWrapper:
         """The method over the base optimizer, for parameters or parameter groups.
@@ -174,14 +186,3 @@ class TrainConfig:
                 f"optimizer_options and base_options must be arguments of {self.optimizer} and {self.base_optimizer}, "
                 f"got {self.optimizer_options!r} and {self.base_options!r}: {error}."
             ) from error
-
-
-def _check_share(name: str, value: Any) -> None:
-    check_nonnegative(name, value)
-    if value >= 1:
-        raise ValueError(f"{name} must be < 1, got {value!r}.")
-
-
-def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")

@@ -11,6 +11,8 @@ from arrcoc.settings import Leaf, leaves, required_type, shown, updated
 
 Settings = TypeVar("Settings")
 
+_CONSTANTS = {"True": "true", "False": "false", "None": "null"}  # the string "False" would be true
+
 
 def add_flags(
     parser: argparse.ArgumentParser, settings: Any, *, only: str | None = None, without: Collection[str] = ()
@@ -70,12 +72,12 @@ def _reading(leaf: Leaf) -> dict[str, Any]:
 
 
 def _pair(text: str) -> tuple[str, Any]:
-    """``momentum=0.9`` as ("momentum", 0.9); what is no JSON is a string."""
+    """``momentum=0.9`` as ("momentum", 0.9); what is neither JSON nor a constant of Python is a string."""
     key, equals, value = text.partition("=")
     if not (key and equals):
         raise argparse.ArgumentTypeError(f"must be KEY=VALUE, got {text!r}")
     try:
-        return key, json.loads(value)
+        return key, json.loads(_CONSTANTS.get(value, value))
     except ValueError:
         return key, value
 

@@ -51,13 +51,18 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _config(arguments: argparse.Namespace) -> RunConfig:
-    """The settings: defaults, or those of the run that is resumed; then those of the file; then the flags."""
+    """The settings: defaults, or those of the run that is resumed; then those of the file; then the flags.
+
+    The file may be what another run wrote down as its ``run.json``.
+    """
     from arrcoc.flags import with_flags
     from arrcoc.settings import read_settings, updated
-    from arrcoc.training.run import read_run
+    from arrcoc.training.run import RUN_FORMAT, read_run
     from arrcoc.training.run_config import RunConfig
 
     values = {} if arguments.config is None else read_settings(arguments.config)
+    if values.get("format") == RUN_FORMAT:
+        values = values["config"]
     config = with_flags(updated(RunConfig(), values), arguments)
     if arguments.resume and (Path(config.output) / "run.json").is_file():
         config = with_flags(updated(read_run(Path(config.output)), values), arguments)

@@ -20,6 +20,12 @@ def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None
         torch.save({"format": _FORMAT, **state}, temporary)
 
 
+def remove_leftovers(path: str | os.PathLike[str]) -> None:
+    """Remove what a killed process left beside the place of a checkpoint that it was writing."""
+    for leftover in Path(path).parent.glob(f".{Path(path).stem}.*{Path(path).suffix}"):
+        leftover.unlink(missing_ok=True)
+
+
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a checkpoint onto the CPU.
 

@@ -37,15 +37,16 @@ from arrcoc.training.part import trainable
 from arrcoc.training.run_config import RunConfig
 from arrcoc.training.run_log import Record, TensorBoard
 from arrcoc.training.tokens import TokenLoader, encode_samples
-from arrcoc.training.trainer import CHECKPOINT, Callback, train_relevance_model_with_sam
+from arrcoc.training.trainer import CHECKPOINT, Callback, check_is_new, train_relevance_model_with_sam
 from arrcoc.training.validation import token_average_precision
 
 Samples = Iterable[RelevanceSample]
 Loader = TokenLoader | ImageLoader
 
-_FORMAT = "arrcoc-run-1"
+RUN_FORMAT = "arrcoc-run-1"
 _RUN, _SPLITS = "run.json", "splits.json"
 _PACKAGES = ("arrcoc", "torch", "torchvision", "open_clip_torch", "transformers", "timm", "numpy")
+_SCORES = ("ap_held-out", "ap_photos")  # of validation pictures, and of the few that ship with us
 # What may change between the parts of a run: it does not touch the result.
 _FREE = {"output", "device", "tensorboard", "overlays", "loader.workers", "loader.cache"}
 
@@ -78,6 +79,7 @@ def run_training(
 
     Raises:
         FileNotFoundError: if there is nothing to resume, or no data.
+        FileExistsError: if the output folder holds a run and resume is False.
         ValueError: if the settings do not fit the data, the model or the run that is resumed.
 
     Warns:
@@ -86,15 +88,19 @@ def run_training(
     ranks, folder = Ranks(), Path(config.output)
     progress = progress and ranks.is_writer
     last_epoch = _check_resumable(config) if resume else 0
-    reading = replace(config.reading, seed=config.train.seed)
-    train, validation = (load_data(config.data, reading, split=split) for split in ("train", "val"))
-    splits = _splits(config, train, validation)
+    if not resume:
+        check_is_new(folder)
+    if config.train.patience is not None and config.train.monitor not in _SCORES:
+        raise ValueError(f"monitor must be one of {', '.join(_SCORES)}, got {config.train.monitor!r}.")
+    data = _load(config)
+    train, validation = data["train"], data["val"]
+    splits = _splits(config, data)
     if resume and splits is not None and splits != read_splits(folder / _SPLITS):
         raise ValueError(f"the pictures of {config.data} must be those of {folder / _SPLITS} to resume the run.")
     model = _model(config)
     sign = check_first(model, validation) if ranks.is_writer else None
     loaders = _Loaders(config, model, ranks, progress)
-    judged = {"held-out": loaders.judging(validation), "photos": loaders.judging(sample_photos(absent_queries=2))}
+    judged = dict(zip(_SCORES, map(loaders.judging, (validation, sample_photos(absent_queries=2))), strict=True))
     loader = loaders.training(train)
     if ranks.is_writer:
         # Everything that can be refused has been; streams know what they skipped by now.
@@ -107,7 +113,7 @@ def run_training(
                 note("\n".join(f"{split}: {line}" for line in skips.summary().splitlines()))
 
     def evaluate(model: RelevanceModel) -> Record:
-        return {f"ap_{name}": token_average_precision(model, samples) for name, samples in judged.items()}
+        return {name: token_average_precision(model, samples) for name, samples in judged.items()}
 
     zero_shot = evaluate(model.zero_shot())
     callbacks: list[Callback] = []
@@ -144,8 +150,8 @@ def read_run(folder: Path) -> RunConfig:
         run = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(run, dict) or run.get("format") != _FORMAT:
-        raise ValueError(f"{path} must have format {_FORMAT!r}.")
+    if not isinstance(run, dict) or run.get("format") != RUN_FORMAT:
+        raise ValueError(f"{path} must have format {RUN_FORMAT!r}.")
     return updated(RunConfig(), run["config"])
 
 
@@ -218,15 +224,25 @@ class _Loaders:
         )
 
 
-def _splits(config: RunConfig, train: Samples, validation: Samples) -> Splits | None:
+def _load(config: RunConfig) -> dict[str, Samples]:
+    """The pictures of each split; those of "test" are not trained or judged on, and have to be named all the same."""
+    reading = replace(config.reading, seed=config.train.seed)
+    data: dict[str, Samples] = {split: load_data(config.data, reading, split=split) for split in reading.shares}
+    for split in ("train", "val"):
+        samples = data[split]
+        if isinstance(samples, Sequence) and not len(samples):
+            sizes = ", ".join(f"{len(part)} in {name}" for name, part in data.items() if isinstance(part, Sequence))
+            raise ValueError(f"data must have pictures for training and validation, got {sizes}: choose other splits.")
+    return data
+
+
+def _splits(config: RunConfig, data: dict[str, Samples]) -> Splits | None:
     """The names of the pictures of each split, if they have some."""
-    names = {split: getattr(samples, "names", None) for split, samples in (("train", train), ("val", validation))}
+    names = {split: getattr(samples, "names", None) for split, samples in data.items()}
     if None in names.values():
         return None
-    reading = config.reading
-    shares = {"train": 1 - reading.val_share - reading.test_share, "val": reading.val_share, "test": reading.test_share}
     named = {split: tuple(some) for split, some in names.items() if some is not None}
-    return Splits(seed=reading.split_seed, shares={name: s for name, s in shares.items() if s}, names=named)
+    return Splits(seed=config.reading.split_seed, shares=config.reading.shares, names=named)
 
 
 def _description(
@@ -234,7 +250,7 @@ def _description(
 ) -> dict[str, Any]:
     backbone = model.backbone
     return {
-        "format": _FORMAT,
+        "format": RUN_FORMAT,
         "config": to_dict(config),
         "backbone": {"spec": backbone.spec, "mode": backbone.mode, "fingerprint": backbone.fingerprint()},
         "orientation": {"declared": backbone.orientation, "masks say": None if sign is None else asdict(sign)},

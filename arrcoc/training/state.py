@@ -86,22 +86,25 @@ class TrainingState:
         self.head.train()
         noise = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.epoch)
         skipped = self.update.num_skipped
-        results: list[tuple[float, float]] = []
-        first: list[Prepared] | None = None
+        finite: list[tuple[float, float]] = []
+        first: list[Prepared] | None = None  # micro-batches of the first step whose loss is finite
         title = f"epoch {self.epoch + 1}/{self.config.epochs}"
         bar = tqdm(loader, desc=title, unit="batch", disable=not progress, leave=False)
+        num_steps = 0
         for batches in _groups(bar, self.config.accumulation_steps):
             prepared = [p for p in (self.part.prepare(batch, noise) for batch in batches) if p is not None]
-            results.append(self.update(prepared))
+            result = self.update(prepared)
+            num_steps += 1
             self.scheduler.step()
             if self.average is not None:
                 with self._clean_weights():
                     self.average.update()
-            first = prepared if first is None else first
-        if first is None:
+            if all(map(math.isfinite, result)):
+                finite.append(result)
+                first = prepared if first is None else first
+        if not num_steps:
             raise ValueError("train_loader must yield at least one batch, got none.")
-        finite = [result for result in results if all(map(math.isfinite, result))]
-        if not finite:
+        if first is None:
             raise FloatingPointError(f"no loss of epoch {self.epoch + 1} is finite.")
         loss, penalty = torch.tensor(finite, dtype=torch.float64).mean(0).tolist()
         self.head.eval()
@@ -125,7 +128,13 @@ class TrainingState:
             yield
 
     def finish_epoch(self, record: Record) -> None:
-        """Take in the log entry of an epoch, within `weights_to_keep`."""
+        """Take in the log entry of an epoch, within `weights_to_keep`.
+
+        Raises:
+            FloatingPointError: for a number that is not finite, which neither a log nor a comparison can take.
+        """
+        if bad := {name: value for name, value in record.items() if not math.isfinite(value)}:
+            raise FloatingPointError(f"the log entry of epoch {self.epoch + 1} must be finite, got {bad}.")
         if self.best is not None:
             self.best.update(record, self.params)
         self.history.append(record)
@@ -147,11 +156,18 @@ class TrainingState:
             prepared = part.prepare(batch, torch.Generator())
             own = None
             if prepared is not None:
-                own = (self.head.ranking(*part.head_inputs(prepared)[0]), prepared.targets)
+                own = self._finite(self.head.ranking(*part.head_inputs(prepared)[0]), prepared.targets)
             seen += [pair for pair in self.ranks.gather(own) if pair is not None]
         with torch.enable_grad():
             calibrate_head(self.head, seen)
         self.ranks.broadcast_(list(self.head.parameters()))
+
+    def _finite(self, ranking_BQN: Tensor, targets_BQN: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores and targets of the queries for which all are finite, [1, number of them, N]."""
+        finite_BQ = (ranking_BQN.isfinite() & targets_BQN.isfinite()).all(-1)
+        if self.config.nonfinite == "raise" and not bool(finite_BQ.all()):
+            raise FloatingPointError("the scores that the head is calibrated with must be finite.")
+        return ranking_BQN[finite_BQ][None], targets_BQN[finite_BQ][None]
 
     @contextmanager
     def _clean_weights(self) -> Iterator[None]:

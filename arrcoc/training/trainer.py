@@ -9,7 +9,7 @@ from pathlib import Path
 
 from arrcoc.config import TrainConfig
 from arrcoc.model.relevance import RelevanceModel
-from arrcoc.training.checkpoint import load_checkpoint, save_checkpoint
+from arrcoc.training.checkpoint import load_checkpoint, remove_leftovers, save_checkpoint
 from arrcoc.training.distributed import Ranks
 from arrcoc.training.part import Batch
 from arrcoc.training.run_log import JsonLines, Record
@@ -51,33 +51,40 @@ def train_relevance_model_with_sam(
         evaluate: called after every epoch with the model as it would be kept; what it returns is logged. All ranks call
             it, and the first rank's answer counts.
         callbacks: called by the first rank after every epoch, once it is logged, with the model and the log entry.
-        output: folder for ``checkpoint.pt`` (after every epoch, atomic), ``log.jsonl`` and the trained model; nothing
-            is written if None.
+        output: folder for ``checkpoint.pt`` (after every epoch, atomic), ``log.jsonl`` and the trained model, new or
+            without a checkpoint unless the run is resumed; nothing is written if None.
         resume: go on from the checkpoint in ``output``; the result is that of the uninterrupted run, bit for bit, if
             the loader's batches depend on the epoch alone (it is told by ``set_epoch``, if it has one).
         progress: show a progress bar.
 
     Returns:
-        One dict an epoch: epoch, loss (at the weights, not at their perturbation), penalty, lr, sharpness (of SAM, on
-        the epoch's first step: the rise of the loss within rho), num_skipped (steps without a finite gradient) and what
-        ``evaluate`` returned.
+        One dict an epoch: epoch, loss (of the first pass, before each step), penalty, lr, sharpness (of SAM, on the
+        epoch's first finite batch: the rise of the loss within rho), num_skipped (steps without a finite gradient) and
+        what ``evaluate`` returned.
 
     Raises:
         ValueError: for a model without head, an empty loader, or a checkpoint of other settings.
-        FloatingPointError: if a gradient is not finite and ``config.nonfinite`` is "raise".
+        FileExistsError: if output holds the checkpoint of a run and resume is False.
+        FloatingPointError: if a gradient is not finite and ``config.nonfinite`` is "raise", or a number of an epoch's
+            log entry is not.
     """
     config = replace(config or TrainConfig(), epochs=epochs, rho=rho)
     if model.head is None:
         raise ValueError("model must have a head to train, got one without (zero-shot).")
     if resume and output is None:
         raise ValueError("output must be given to resume.")
+    if output is not None and not resume:
+        check_is_new(Path(output))
     ranks = Ranks()
     state = TrainingState(model, config, _num_batches(train_loader), ranks)
     folder = None if output is None else Path(output)
     if resume and folder is not None:
         state.restore(load_checkpoint(folder / CHECKPOINT))
     writes = folder is not None and ranks.is_writer
-    log = JsonLines(folder / LOG, state.history) if folder is not None and writes else None
+    log = None
+    if folder is not None and writes:
+        remove_leftovers(folder / CHECKPOINT)
+        log = JsonLines(folder / LOG, state.history)
     while not state.is_over:
         record = state.train_epoch(train_loader, progress and ranks.is_writer)
         with state.weights_to_keep():
@@ -95,6 +102,16 @@ def train_relevance_model_with_sam(
     if folder is not None and writes:
         model.save_pretrained(folder)
     return state.history
+
+
+def check_is_new(folder: Path) -> None:
+    """Refuse a folder with a run in it, which another one would write over.
+
+    Raises:
+        FileExistsError: if it holds a checkpoint.
+    """
+    if (folder / CHECKPOINT).exists():
+        raise FileExistsError(f"output {str(folder)!r} holds a run: resume it, or choose another folder.")
 
 
 def _num_batches(loader: Iterable[Batch]) -> int:

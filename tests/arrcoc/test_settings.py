@@ -107,11 +107,11 @@ def test_bad_values_are_named(values: dict[str, Any], message: str) -> None:
 
 def test_flags_are_the_fields() -> None:
     assert parse() == Outer()
-    argv = "--name y --sizes 1 2 --options a=1 b=true c=word --speed 3 --low 4 --high 5 --on".split()
+    argv = "--name y --sizes 1 2 --options a=1 b=true c=word d=False e=None --speed 3 --low 4 --high 5 --on".split()
     expected = Outer(
         name="y",
         sizes=(1.0, 2.0),
-        options={"a": 1, "b": True, "c": "word"},
+        options={"a": 1, "b": True, "c": "word", "d": False, "e": None},
         inner=Inner(rate=3.0, low=4, high=5, on=True),
     )
     assert parse(*argv) == expected

@@ -156,6 +156,24 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
+def test_a_folder_with_a_run_is_not_written_over(tmp_path: Path) -> None:
+    model = tiny_model()
+    train_relevance_model_with_sam(model, loader(model), epochs=1, output=tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(FileExistsError, match="holds a run: resume it, or choose another folder"):
+        train_relevance_model_with_sam(model, loader(model), epochs=2, output=tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_resume_removes_what_a_killed_run_was_just_writing(tmp_path: Path) -> None:
+    model = tiny_model()
+    train_relevance_model_with_sam(model, loader(model), epochs=1, output=tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    (tmp_path / ".checkpoint.8fk2.pt").write_bytes(b"half a check")
+    train_relevance_model_with_sam(model, loader(model), epochs=1, output=tmp_path, resume=True)
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
 def test_loader_is_the_same_for_the_same_epoch() -> None:
     data = loader(tiny_model())
     assert len(data) == 3

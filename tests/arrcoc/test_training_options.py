@@ -19,6 +19,7 @@ from arrcoc.training.averaging import WeightAverage
 from arrcoc.training.checkpoint import load_checkpoint
 from arrcoc.training.distributed import Ranks
 from arrcoc.training.part import TrainedPart
+from arrcoc.training.state import TrainingState
 from arrcoc.training.stopping import BestEpoch
 from arrcoc.training.update import Update
 from models import tiny_model
@@ -102,14 +103,16 @@ def test_a_resumed_run_is_the_uninterrupted_one(options: dict[str, Any], at: int
 
 def test_a_resume_takes_up_the_scale_of_the_loss(tmp_path: Path) -> None:
     """It changes no bit of a step that does not overflow, but it decides which one does."""
-    config = TrainConfig(precision="float16", penalty_weight=0.0)
+    config = TrainConfig(precision="float16", penalty_weight=0.0, nonfinite="skip")
     for folder, stops in (("a", [None]), ("b", [1, None])):
         for number, stop_at in enumerate(stops):
             model = tiny_model()
             spoiled = Spoiled(loader(model), {1})  # every epoch halves the scale
             options = {"evaluate": scores([0.0] * 3, stop_at), "resume": number > 0}
             with contextlib.suppress(Stop):
-                train_without_calibration(model, spoiled, config, tmp_path / folder, epochs=3, **options)
+                train_relevance_model_with_sam(
+                    model, spoiled, epochs=3, config=config, output=tmp_path / folder, **options
+                )
     a, b = (load_checkpoint(tmp_path / folder / "checkpoint.pt")["scaler"] for folder in "ab")
     assert a == b and a["scale"] == 65536 / 2**3
 
@@ -276,25 +279,33 @@ class Spoiled:
             yield (spoiled if number in self.numbers else tokens), texts, targets
 
 
-def test_steps_that_are_not_finite_are_refused_or_skipped_and_counted(tmp_path: Path) -> None:
+def test_steps_that_are_not_finite_are_refused_or_skipped_and_counted() -> None:
     model = tiny_model()
     with pytest.raises(FloatingPointError, match="is not finite at w"):
         train_relevance_model_with_sam(model, Spoiled(loader(model), {1}), epochs=1)
     config = TrainConfig(nonfinite="skip", penalty_weight=0.0)
-    # The calibration sees the batch as well, and is not asked here.
-    history = train_without_calibration(model, Spoiled(loader(model), {1}), config, tmp_path)
-    assert history[0]["num_skipped"] == 1 and math.isfinite(history[0]["loss"])
-    assert all(value.isfinite().all() for value in weights(model).values())
+    for bad in ({0}, {1}):  # the first batch is what sharpness is measured on, and all are calibrated with
+        model = tiny_model()
+        (record,) = train_relevance_model_with_sam(model, Spoiled(loader(model), bad), epochs=1, config=config)
+        assert record["num_skipped"] == 1 and all(map(math.isfinite, record.values()))
+        assert all(value.isfinite().all() for value in weights(model).values())
     with pytest.raises(FloatingPointError, match="no loss of epoch 1 is finite"):
-        train_without_calibration(tiny_model(), Spoiled(loader(model), {0, 1, 2}), config, tmp_path)
+        train_relevance_model_with_sam(tiny_model(), Spoiled(loader(model), {0, 1, 2}), epochs=1, config=config)
 
 
-def train_without_calibration(
-    model: RelevanceModel, data: Any, config: TrainConfig, output: Path, epochs: int = 1, **options: Any
-) -> list[Any]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("arrcoc.training.state.calibrate_head", lambda head, batches: None)
-        return train_relevance_model_with_sam(model, data, epochs=epochs, config=config, output=output, **options)
+def test_the_head_is_not_calibrated_with_what_is_not_finite() -> None:
+    model = tiny_model()
+    state = TrainingState(model, TrainConfig(), 3, Ranks())
+    with pytest.raises(FloatingPointError, match="the scores that the head is calibrated with must be finite"):
+        state.finish(Spoiled(loader(model), {1}))
+
+
+def test_a_score_that_is_not_finite_stops_the_run_before_its_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match=r"the log entry of epoch 2 must be finite, got {'ap': nan}"):
+        train(TrainConfig(), evaluate=scores([0.5, math.nan]), output=tmp_path)
+    resumed = train(TrainConfig(), evaluate=scores([0.5, 0.5]), output=tmp_path, resume=True)
+    whole = train(TrainConfig(), evaluate=scores([0.5] * 3), output=tmp_path / "whole")
+    assert_same(weights(whole), weights(resumed))
 
 
 # ---- averages and early stopping

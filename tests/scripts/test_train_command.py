@@ -98,6 +98,7 @@ def test_training_reports_each_epoch_and_both_scores(
 ) -> None:
     photos = asset_path("photos")
     options = ["--data", f"coco:{photos}", "--epochs", "1", "--optimizer", "asam", "--rho", "0.5"]
+    options += ["--val-share", "0.3", "--test-share", "0.3"]
     assert train(tmp_path, "--model", spec, *options) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(("train: ", "val: "))]
     assert lines[0].startswith("epoch   1  loss ")
@@ -107,7 +108,7 @@ def test_training_reports_each_epoch_and_both_scores(
         assert line.split()[0] == name and line.split()[2] == f"{trained_ap[f'ap_{name}']:.3f}"
     splits = json.loads((tmp_path / "splits.json").read_text())["names"]
     names = {path.name for path in (photos / "images").iterdir()}
-    assert {*splits["train"], *splits["val"]} == names and not {*splits["train"]} & {*splits["val"]}
+    assert sorted(splits["train"] + splits["val"] + splits["test"]) == sorted(names) and splits["test"]
     assert read_run(tmp_path).train == TrainConfig(epochs=1, optimizer="asam", rho=0.5)
 
 
@@ -163,9 +164,7 @@ def test_file_and_flags_agree(spec: str, trained: Path, tmp_path: Path) -> None:
     assert train(tmp_path / "a", "--config", str(file), "--batch-size", "2") == 0
     assert read_log(tmp_path / "a") == read_log(trained)
     # What a run wrote down is a file of settings as well.
-    settings = json.loads((tmp_path / "a" / "run.json").read_text())["config"]
-    (tmp_path / "again.json").write_text(json.dumps(settings))
-    assert train(tmp_path / "b", "--config", str(tmp_path / "again.json")) == 0
+    assert train(tmp_path / "b", "--config", str(tmp_path / "a" / "run.json")) == 0
     assert read_log(tmp_path / "b") == read_log(trained)
 
 
@@ -223,6 +222,13 @@ def test_resume_refuses_another_run(
     assert read_log(trained) == before
 
 
+def test_a_run_is_not_written_over(spec: str, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.read_bytes() for path in trained.iterdir()}
+    message = refusal(capsys, trained, "--model", spec, *SMALL, "--lr", "1")
+    assert "holds a run: resume it, or choose another folder." in message
+    assert {path: path.read_bytes() for path in trained.iterdir()} == before
+
+
 def test_resume_refuses_pictures_that_changed(spec: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--model", spec, "--data", f"coco:{asset_path('photos')}", "--epochs", "1"]
     assert train(tmp_path, *argv) == 0
@@ -265,10 +271,10 @@ def test_blocks_are_trained_validated_resumed_and_loaded(
     [
         (["--data", "coco"], "error: data must be one of "),
         (["--data", "coco:/no/such"], "error: path must be a folder with images/ in it, got '/no/such'."),
-        (["--optimizer", "adam"], "error: optimizer must be one of sam, asam, "),
+        (["--optimizer", "adam"], "error: optimizer must be one of 'sam', 'asam', "),
         (["--optimizer-options", "k"], "argument --optimizer-options: must be KEY=VALUE, got 'k'"),
         (["--base-optimizer", "Adm"], "error: base_optimizer must name a class of torch.optim, got 'Adm'."),
-        (["--loss", "hinge"], "error: loss must be one of bce, mse, listwise, smooth_ap, got 'hinge'."),
+        (["--loss", "hinge"], "error: loss must be one of 'bce', 'mse', 'listwise', 'smooth_ap', got 'hinge'."),
         (["--rho", "-1"], "error: rho must be >= 0, got -1.0."),
         (["--seed", "-1"], "error: seed must be an integer >= 0, got -1."),
         (["--device", "warp"], "error: --device must be one that this machine has, got 'warp'."),
@@ -279,6 +285,11 @@ def test_blocks_are_trained_validated_resumed_and_loaded(
         (["--num", "x"], "error: argument --num: invalid int value: 'x'"),
         (["--augment-options", "flip=0"], "error: augment must be true for augment_options, got {'flip': 0}"),
         (["--augment", "--augment-options", "flop=0"], "error: augment_options must be arguments of Relevance"),
+        (["--patience", "1", "--monitor", "ap"], "error: monitor must be one of ap_held-out, ap_photos, got 'ap'."),
+        (
+            ["--data", f"coco:{asset_path('photos')}", "--val-share", "0.01"],
+            "error: data must have pictures for training and validation, got 4 in train, 0 in val: choose",
+        ),
         (["--train-blocks", "99", "--num", "2"], "error: num_blocks must be in 1.."),
     ],
 )

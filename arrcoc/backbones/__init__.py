@@ -12,10 +12,12 @@ import torch
 from arrcoc.assets import asset_path
 from arrcoc.backbones.base import Backbone
 from arrcoc.backbones.hf import HuggingFaceBackbone, load_hf
-from arrcoc.backbones.open_clip import OpenClipBackbone, did_you_mean, load_local, load_pretrained
+from arrcoc.backbones.open_clip import OpenClipBackbone, load_local, load_pretrained
+from arrcoc.backbones.specs import did_you_mean_spec
 
 __all__ = ["Backbone", "HuggingFaceBackbone", "OpenClipBackbone", "load_backbone"]
 
+_KINDS = ("embedded", "open_clip", "hf")
 _FORMS = (
     "'embedded', 'open_clip:NAME/TAG', 'open_clip:NAME/WEIGHTS_FILE', 'open_clip:local-dir:FOLDER', 'hf:NAME' or "
     "'hf:FOLDER'"
@@ -51,8 +53,8 @@ def load_backbone(
         >>> backbone = load_backbone("embedded")                    # doctest: +SKIP
         >>> backbone(images).grid, backbone.encode_text(["a cup"])  # doctest: +SKIP
     """
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"dtype must be a floating point type, got {dtype}.")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype must be a floating point type of torch, got {dtype!r}.")
     backbone = _load(spec, mode)
     return backbone.to(device=device or "cpu", dtype=dtype or torch.float32)
 
@@ -64,10 +66,10 @@ def _load(spec: str, mode: str | None) -> Backbone:
         return load_local(asset_path("embedded_clip"), spec=spec, mode=mode)
     kind, _, rest = spec.partition(":")
     if kind == "open_clip" and rest.startswith("local-dir:"):
-        return load_local(rest.removeprefix("local-dir:"), spec=spec, mode=mode)
-    if kind == "open_clip" and rest:
+        if folder := rest.removeprefix("local-dir:"):
+            return load_local(folder, spec=spec, mode=mode)
+    elif kind == "open_clip" and rest:
         return load_pretrained(rest, spec=spec, mode=mode)
-    if kind == "hf" and rest:
+    elif kind == "hf" and rest:
         return load_hf(rest, spec=spec, mode=mode)
-    guesses = ["embedded", "open_clip", "open_clip:local-dir", "hf"]
-    raise ValueError(f"backbone must be {_FORMS}, got {spec!r}{did_you_mean(kind, guesses)}.")
+    raise ValueError(f"backbone must be {_FORMS}, got {spec!r}{did_you_mean_spec(spec, _KINDS)}.")

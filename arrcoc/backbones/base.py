@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arrcoc.backbones.dense import MODES
+from arrcoc.backbones.inputs import check_images, check_sequence, check_texts
 from arrcoc.backbones.sharing import copy_owning
 from arrcoc.backbones.towers import Tower
 from arrcoc.tokens import VisualTokens
 
-_RANGE_TOLERANCE = 1e-3  # bicubic resampling and half precision overshoot [0, 1] by about this much
 _TEXTS_AT_ONCE = 256  # bounds the memory of long vocabularies
 
 
@@ -166,7 +166,7 @@ class Backbone(nn.Module, ABC):
         Raises:
             ValueError: if shape, type, range or size are wrong.
         """
-        self._check_images(images)
+        check_images(images, self.stride)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.num_trained > 0):
             patches, pooled = self._encode_pixels(self._normalise(images))
             return self._as_tokens(patches, pooled, self._grid_of(images))
@@ -183,13 +183,7 @@ class Backbone(nn.Module, ABC):
         Raises:
             ValueError: if images is empty or one of them is not such a tensor.
         """
-        images = list(images)
-        if not images:
-            raise ValueError(f"images must hold at least one tensor [3, H, W], got {images!r}.")
-        for number, image in enumerate(images):
-            if not isinstance(image, Tensor) or image.ndim != 3:
-                got = list(image.shape) if isinstance(image, Tensor) else type(image).__name__
-                raise ValueError(f"images[{number}] must be a tensor [3, H, W], got {got}.")
+        images = check_sequence(images)
         alike: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
         for number, image in enumerate(images):
             alike.setdefault((image.shape, image.dtype), []).append(number)
@@ -213,7 +207,7 @@ class Backbone(nn.Module, ABC):
         Raises:
             ValueError: as in `forward`, or if this backbone has no tower in parts.
         """
-        self._check_images(images)
+        check_images(images, self.stride)
         return self._require_tower().features(self._normalise(images), self.num_trained), self._grid_of(images)
 
     def finish(self, features: Tensor, grid: tuple[int, int]) -> VisualTokens:
@@ -235,14 +229,22 @@ class Backbone(nn.Module, ABC):
         (the last MLP, in modes without it) gets no gradient from patches.
 
         Args:
-            num_blocks: transformer blocks, or stages of a convolutional tower, counted from the end; >= 1.
+            num_blocks: transformer blocks, or stages of a convolutional tower, counted from the end; >= 1, and >=
+                ``num_trained``.
 
         Raises:
             ValueError: if num_blocks does not fit, or the tower cannot be trained in parts.
         """
         tower = self._require_tower()
+        if not isinstance(num_blocks, int):
+            raise ValueError(f"num_blocks must be an int, got {num_blocks!r}.")
         if not 1 <= num_blocks <= max(1, tower.num_blocks):
             raise ValueError(f"num_blocks must be in 1..{tower.num_blocks}, got {num_blocks!r}.")
+        if num_blocks < self.num_trained:  # the blocks before would be trained, and yet neither saved nor told apart
+            raise ValueError(
+                f"num_blocks must be >= {self.num_trained}, the blocks that this trainable copy owns already, "
+                f"got {num_blocks!r}."
+            )
         self.fingerprint()
         shared = [value for name, value in vars(self).items() if not name.startswith("_") and name != "tower"]
         twin = copy_owning(self, self.model, tower.last_parameters(num_blocks), shared)
@@ -287,13 +289,7 @@ class Backbone(nn.Module, ABC):
         Raises:
             ValueError: if texts is empty, a single str, or holds anything but str.
         """
-        if isinstance(texts, str):
-            raise ValueError(f"texts must be a sequence of str, got the single str {texts!r}; write [{texts!r}].")
-        texts = list(texts)
-        if not texts:
-            raise ValueError(f"texts must hold at least one str, got {texts!r}.")
-        if wrong := [text for text in texts if not isinstance(text, str)]:
-            raise ValueError(f"texts must hold nothing but str, got {wrong[0]!r}.")
+        texts = check_texts(texts)
         chunks = [texts[start : start + _TEXTS_AT_ONCE] for start in range(0, len(texts), _TEXTS_AT_ONCE)]
         embeddings = torch.cat([self._encode_texts(chunk) for chunk in chunks])
         return F.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=-1)
@@ -328,24 +324,6 @@ class Backbone(nn.Module, ABC):
         wide = torch.promote_types(self.dtype, torch.float32)
         patches = F.normalize(patches.to(wide), dim=-1) if self.normalize_patches else patches.to(wide)
         return VisualTokens(patches, pooled.to(wide), grid)
-
-    def _check_images(self, images: Tensor) -> None:
-        if not isinstance(images, Tensor) or not images.is_floating_point():
-            kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
-            raise ValueError(f"images must be a float tensor in [0, 1], got {kind}.")
-        if images.ndim != 4 or images.shape[1] != 3 or images.shape[0] < 1:
-            raise ValueError(f"images must have shape [B, 3, H, W] with B >= 1, got {list(images.shape)}.")
-        if any(size < step or size % step for size, step in zip(images.shape[2:], self.stride, strict=True)):
-            height, width = self.stride
-            raise ValueError(
-                f"images must have height a multiple of {height} and width a multiple of {width}, "
-                f"got {tuple(images.shape[2:])}; resize them to input_size(height, width)."
-            )
-        if torch.compiler.is_compiling():
-            return
-        low, high = (value.item() for value in images.aminmax())
-        if not (low >= -_RANGE_TOLERANCE and high <= 1 + _RANGE_TOLERANCE):
-            raise ValueError(f"images must lie in [0, 1], got values from {low} to {high}.")
 
 
 def _tokens(size: float) -> int:

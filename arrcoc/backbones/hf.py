@@ -9,12 +9,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from arrcoc.backbones.base import Backbone
 from arrcoc.backbones.hf_files import find_folder, model_type, quiet, statistics
 from arrcoc.backbones.hf_towers import find_tower
+from arrcoc.backbones.wrapped import WrappedModel, check_eval
 
 
-class HuggingFaceBackbone(Backbone):
+class HuggingFaceBackbone(WrappedModel):
     """A transformers CLIPModel, MetaClip2Model, SiglipModel or Siglip2Model, wrapped without changing it.
 
     Texts are padded as in training: SigLIP to the full context and without a mask, on the right, in lower case (some
@@ -49,27 +49,19 @@ class HuggingFaceBackbone(Backbone):
         mode: str | None = None,
         tokens_per_side: int | None = None,
     ) -> None:
-        super().__init__()
-        if tokens_per_side is not None and tokens_per_side < 1:
-            raise ValueError(f"tokens_per_side must be >= 1, got {tokens_per_side!r}.")
-        if training := [name or "model" for name, module in model.named_modules() if module.training]:
-            raise ValueError(f"model must be in eval mode, got training mode in {training[0]!r}; call model.eval().")
         tower = find_tower(model, mode)
-        scale, bias = cast(Tensor, model.logit_scale), cast("Tensor | None", getattr(model, "logit_bias", None))
-
-        self.model, self.tokenizer, self.tower = model, tokenizer, tower
-        self.spec, self.mode = spec, tower.mode
-        self.stride, self.orientation = tower.stride, tower.orientation
-        self.normalize_patches = tower.normalize_patches
-        self.tokens_per_side = tokens_per_side or max(tower.native_grid)
-        self.logit_scale = scale.detach().exp().item()
-        self.logit_bias = None if bias is None else bias.detach().item()
-        self.mean, self.std = _three_numbers("mean", mean), _three_numbers("std", std)
-        self._siglip = tower.pooling == "attention"
-        try:
-            self.embed_dim = self._encode_texts(["a"]).shape[-1]
-        except (RuntimeError, IndexError) as error:  # numbers beyond the vocabulary
-            raise ValueError(f"tokenizer must be the model's own, but its numbers do not fit: {error}") from error
+        check_eval(model)
+        super().__init__(
+            model,
+            tokenizer,
+            tower,
+            spec=spec,
+            mean=mean,
+            std=std,
+            origin="image_{name} of the model's preprocessor",
+            tokens_per_side=tokens_per_side,
+            native=max(tower.native_grid),
+        )
         end = _end_of_text(model)
         if end is not None and end not in self._tokenize(["a"])["input_ids"]:
             raise ValueError(f"tokenizer must end each text with {end}, where the model reads its embedding.")
@@ -80,13 +72,15 @@ class HuggingFaceBackbone(Backbone):
         return embeddings
 
     def _tokenize(self, texts: list[str]) -> Any:
+        config = cast(Any, self.model).config
+        siglip = config.model_type.startswith("siglip")
         return self.tokenizer(
-            [text.lower() for text in texts] if self._siglip else texts,
-            padding="max_length" if self._siglip else "longest",
+            [text.lower() for text in texts] if siglip else texts,
+            padding="max_length" if siglip else "longest",
             padding_side="right",
             truncation=True,
-            max_length=cast(Any, self.model).config.text_config.max_position_embeddings,
-            return_attention_mask=not self._siglip,
+            max_length=config.text_config.max_position_embeddings,
+            return_attention_mask=not siglip,
             return_tensors="pt",
         ).to(self.device)
 
@@ -167,9 +161,3 @@ def _end_of_text(model: Any) -> int | None:
     """
     kind, end = model.config.model_type, getattr(model.text_model, "eos_token_id", None)
     return None if kind.startswith("siglip") or (kind == "clip" and end == 2) else end
-
-
-def _three_numbers(name: str, value: Sequence[float] | None) -> tuple[float, float, float]:
-    if value is None or len(value) != 3:
-        raise ValueError(f"{name} must be three numbers, image_{name} of the model's preprocessor, got {value!r}.")
-    return (float(value[0]), float(value[1]), float(value[2]))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from arrcoc.backbones.hf_towers import MODEL_TYPES
+from arrcoc.backbones.specs import did_you_mean_folder
 
 _SMALL_FILES = ("*.json", "*.txt", "*.model")
 _SAFETENSORS = ("model.safetensors", "model-*-of-*.safetensors")
@@ -61,6 +62,8 @@ def model_type(folder: Path, spec: str) -> str:
         FileNotFoundError: if there is no config.json.
         ValueError: if it is no JSON object, or the kind is not supported.
     """
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"model folder {str(folder)!r} has no config.json{did_you_mean_folder(folder)}.")
     config = _read_json(folder, "config.json")
     kind = config.get("model_type")
     if kind not in MODEL_TYPES:

@@ -12,6 +12,7 @@ joint width, h and w grid, p and q rows and columns of a patch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -86,7 +87,6 @@ class CLIPTower(TransformerTower):
         self.vision, self.projection = model.vision_model, model.visual_projection
         self.stride, self.native_grid = _patches(self.vision.config)
         self.blocks = [EncoderLayer(layer) for layer in self.vision.encoder.layers]
-        self.tail = (self.vision.post_layernorm, self.projection)
         self.read_in(mode)
 
     def embed(self, pixels: Tensor) -> Tensor:
@@ -97,6 +97,9 @@ class CLIPTower(TransformerTower):
         tokens = torch.cat([class_token, patches_BNC], dim=1)
         normed: Tensor = self.vision.pre_layrnorm(tokens + positions.to(tokens.dtype))
         return normed
+
+    def tail(self) -> Sequence[nn.Module]:
+        return (self.vision.post_layernorm, self.projection)
 
     def project(self, patches: Tensor) -> Tensor:
         projected: Tensor = self.projection(self.vision.post_layernorm(patches))
@@ -116,7 +119,6 @@ class SiglipTower(TransformerTower):
         self.vision = model.vision_model
         self.stride, self.native_grid = _patches(self.vision.config)
         self.blocks = [EncoderLayer(layer) for layer in self.vision.encoder.layers]
-        self.tail = (self.vision.post_layernorm, self.vision.head)
         self.read_in(mode)
 
     def embed(self, pixels: Tensor) -> Tensor:
@@ -124,6 +126,9 @@ class SiglipTower(TransformerTower):
         patches_BNC, grid = _convolve(embeddings.patch_embedding, pixels)
         positions = resample_positions(embeddings.position_embedding.weight, self.native_grid, grid)
         return patches_BNC + positions.to(patches_BNC.dtype)
+
+    def tail(self) -> Sequence[nn.Module]:
+        return (self.vision.post_layernorm, self.vision.head)
 
     def project(self, patches: Tensor) -> Tensor:
         head, attention = self.vision.head, self.vision.head.attention

@@ -6,23 +6,23 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from arrcoc.backbones.base import Backbone
 from arrcoc.backbones.convolutional_tower import ConvolutionalTower
 from arrcoc.backbones.open_clip_towers import check_config, find_tower
+from arrcoc.backbones.specs import did_you_mean, did_you_mean_folder
+from arrcoc.backbones.wrapped import WrappedModel, check_eval
 
 _CONVOLUTIONAL_TOKENS_PER_SIDE = 14  # 448 px at stride 32: what average-pooled towers see best of small things
-_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pth", "*.pt")
+_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pth")
 _GET_WEIGHTS = "Download {file} where the network works and load it as {spec!r}, or use 'embedded', which is offline."
 
 
-class OpenClipBackbone(Backbone):
+class OpenClipBackbone(WrappedModel):
     """An open_clip model, wrapped without changing it.
 
     Args:
@@ -55,30 +55,26 @@ class OpenClipBackbone(Backbone):
         mode: str | None = None,
         tokens_per_side: int | None = None,
     ) -> None:
-        super().__init__()
-        if tokens_per_side is not None and tokens_per_side < 1:
-            raise ValueError(f"tokens_per_side must be >= 1, got {tokens_per_side!r}.")
-        if training := [name or "model" for name, module in model.named_modules() if module.training]:
-            raise ValueError(f"model must be in eval mode, got training mode in {training[0]!r}; call model.eval().")
-        visual = cast(nn.Module, model.visual)
+        visual = getattr(model, "visual", None)
+        if not isinstance(model, nn.Module) or visual is None or not hasattr(model, "encode_text"):
+            raise ValueError(f"model must be a CLIP, CustomTextCLIP or CoCa of open_clip, got {type(model).__name__}.")
+        check_eval(model)
         tower = find_tower(visual, mode)
         native = max(tower.native_grid)
         if isinstance(tower, ConvolutionalTower):
             native = max(native, _CONVOLUTIONAL_TOKENS_PER_SIDE)
-        scale, bias = cast(Tensor, model.logit_scale), cast("Tensor | None", getattr(model, "logit_bias", None))
-
-        self.model, self.tokenizer, self.tower = model, tokenizer, tower
-        self.spec, self.mode = spec, tower.mode
-        self.stride, self.orientation = tower.stride, tower.orientation
-        self.normalize_patches = tower.normalize_patches
-        self.tokens_per_side = tokens_per_side or native
-        self.logit_scale = scale.detach().exp().item()
-        self.logit_bias = None if bias is None else bias.detach().item()
-        self.mean, self.std = _statistics(visual, "mean", mean), _statistics(visual, "std", std)
-        try:
-            self.embed_dim = self._encode_texts(["a"]).shape[-1]
-        except (RuntimeError, IndexError) as error:  # wrong context length, numbers beyond the vocabulary
-            raise ValueError(f"tokenizer must be the model's own, but its numbers do not fit: {error}") from error
+        left: dict[str, Any] = getattr(visual, "preprocess_cfg", {})
+        super().__init__(
+            model,
+            tokenizer,
+            tower,
+            spec=spec,
+            mean=left.get("mean") if mean is None else mean,
+            std=left.get("std") if std is None else std,
+            origin="as open_clip leaves them on a model with weights",
+            tokens_per_side=tokens_per_side,
+            native=native,
+        )
 
     @torch.no_grad()
     def _encode_texts(self, texts: list[str]) -> Tensor:
@@ -97,10 +93,12 @@ def load_local(path: str | Path, *, spec: str, mode: str | None = None) -> OpenC
     if not folder.is_dir():
         raise FileNotFoundError(f"open_clip local-dir {str(folder)!r} is not a folder.")
     if not config.is_file():
-        raise FileNotFoundError(f"open_clip local-dir {str(folder)!r} has no open_clip_config.json.")
-    if not any(True for pattern in _WEIGHT_FILES[:3] for _ in folder.glob(pattern)):
         raise FileNotFoundError(
-            f"open_clip local-dir {str(folder)!r} has no weights ({', '.join(_WEIGHT_FILES[:3])}); "
+            f"open_clip local-dir {str(folder)!r} has no open_clip_config.json{did_you_mean_folder(folder)}."
+        )
+    if not any(True for pattern in _WEIGHT_FILES for _ in folder.glob(pattern)):
+        raise FileNotFoundError(
+            f"open_clip local-dir {str(folder)!r} has no weights ({', '.join(_WEIGHT_FILES)}); "
             "a model with random weights is of no use."
         )
     try:
@@ -124,8 +122,16 @@ def load_pretrained(name_and_weights: str, *, spec: str, mode: str | None = None
     with _quiet():
         import open_clip
 
+    if name_and_weights.startswith("hf-hub:"):
+        hub_name = name_and_weights.removeprefix("hf-hub:")
+        raise ValueError(
+            f"'hf-hub:' is not read here: fetch the model with `hf download {hub_name} --local-dir FOLDER` and load "
+            f"'open_clip:local-dir:FOLDER', got {spec!r}."
+        )
     name, _, weights = name_and_weights.partition("/")
     if name not in open_clip.list_models():
+        if hint := did_you_mean_folder(name_and_weights):
+            raise ValueError(f"{name_and_weights!r} is a folder, and no name of open_clip's{hint}.")
         raise ValueError(f"open_clip has no model {name!r}{did_you_mean(name, open_clip.list_models())}.")
     tags = open_clip.list_pretrained_tags_by_model(name)
     if not weights:
@@ -155,12 +161,6 @@ def load_pretrained(name_and_weights: str, *, spec: str, mode: str | None = None
         raise ConnectionError(f"weights of {spec!r} are not on this machine and cannot be fetched. {advice}") from error
     quick_gelu = bool(config.get("quick_gelu"))
     return _build(name, file, spec=spec, mode=mode, source=file, preprocess=config, quick_gelu=quick_gelu)
-
-
-def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """ ", did you mean 'a' or 'b'?" for the end of an error message; empty if nothing is close."""
-    close = get_close_matches(word, known, n=3, cutoff=0.6)
-    return f", did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 def _build(
@@ -197,13 +197,6 @@ def _build(
     # Channels last: the same numbers, and convolutions on a CPU take two thirds of the time.
     model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     return OpenClipBackbone(model, tokenizer, spec=spec, mode=mode)
-
-
-def _statistics(visual: nn.Module, name: str, value: Sequence[float] | None) -> tuple[float, float, float]:
-    found = value if value is not None else cast("dict[str, Any]", getattr(visual, "preprocess_cfg", {})).get(name)
-    if found is None or len(found) != 3:
-        raise ValueError(f"{name} must be three numbers, for open_clip left none on the model, got {found!r}.")
-    return (float(found[0]), float(found[1]), float(found[2]))
 
 
 @contextmanager

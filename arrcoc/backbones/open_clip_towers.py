@@ -7,6 +7,7 @@ Axes: B images, T tokens inside the tower (prefix, then N patches), C width, D j
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -135,10 +136,9 @@ class OpenClipTower(TransformerTower):
         self.native_grid = (int(visual.grid_size[0]), int(visual.grid_size[1]))
         self.num_prefix = 1
         self.blocks = [OpenClipBlock(block) for block in visual.transformer.resblocks]
-        attention = visual.attn_pool is not None
-        self.pooling = "attention" if attention else "average" if visual.pool_type == "avg" else "class token"
+        pooling = "average" if visual.pool_type == "avg" else "class token"
+        self.pooling = "attention" if visual.attn_pool is not None else pooling
         self.mean_is_embedding = self.pooling == "average" and not visual.final_ln_after_pool
-        self.tail = [visual.ln_post, visual.proj, *([visual.attn_pool] if attention else [])]
         self.read_in(mode)
 
     def embed(self, pixels: Tensor) -> Tensor:
@@ -150,6 +150,10 @@ class OpenClipTower(TransformerTower):
             visual.positional_embedding, self.native_grid, self.grid_of(pixels), num_prefix=1
         )
         return visual.ln_pre(x + positions.to(x.dtype))  # type: ignore[no-any-return]
+
+    def tail(self) -> Sequence[nn.Module | nn.Parameter]:
+        parts = (self.visual.ln_post, self.visual.attn_pool, self.visual.proj)
+        return [part for part in parts if part is not None]
 
     def project(self, patches: Tensor) -> Tensor:
         if self.pooling == "attention":

@@ -118,8 +118,6 @@ class TimmTower(TransformerTower):
         self.num_prefix = int(trunk.num_prefix_tokens)
         self.pooling = POOLINGS[trunk.global_pool]
         self.blocks = [TimmBlock(block) for block in trunk.blocks]
-        after = (trunk.norm, trunk.attn_pool, trunk.fc_norm, trunk.head, visual.head)
-        self.tail = [part for part in after if part is not None]
         self.mean_is_embedding = (
             self.pooling == "average"
             and not getattr(trunk, "pool_include_prefix", False)
@@ -163,6 +161,10 @@ class TimmTower(TransformerTower):
             device=self.trunk.patch_embed.proj.weight.device,
         )
         return [TimmBlock(block, torch.cat(angles, -1)) for block in self.trunk.blocks]
+
+    def tail(self) -> Sequence[nn.Module]:
+        parts = (self.trunk.norm, self.trunk.attn_pool, self.trunk.fc_norm, self.trunk.head, self.visual.head)
+        return [part for part in parts if part is not None]
 
     def project(self, patches: Tensor) -> Tensor:
         trunk = self.trunk

@@ -89,14 +89,12 @@ class TransformerTower(Tower):
         pooling: how the image embedding is made: "class token", "average" or "attention".
         mean_is_embedding: True if the plain mean of raw tokens is the image embedding (a norm, then the average).
         blocks: in order.
-        tail: modules and parameters behind the last block (norm, pooling head, projection), for `last_parameters`.
     """
 
     num_prefix: int
     pooling: str
     mean_is_embedding: bool = False
     blocks: Sequence[Block]
-    tail: Sequence[nn.Module | nn.Parameter]
 
     @abstractmethod
     def embed(self, pixels: Tensor) -> Tensor:
@@ -113,6 +111,10 @@ class TransformerTower(Tower):
     @abstractmethod
     def pool(self, tokens: Tensor) -> Tensor:
         """Image embedding [B, D] of the last block's output [B, T, C]; a class-token pool may get the prefix alone."""
+
+    @abstractmethod
+    def tail(self) -> Sequence[nn.Module | nn.Parameter]:
+        """What follows the last block (norm, pooling head, projection): modules, and parameters as they are now."""
 
     def blocks_at(self, grid: tuple[int, int]) -> Sequence[Block]:
         """The blocks for pictures of a grid; a tower that rotates queries and keys by position overrides this."""
@@ -149,7 +151,7 @@ class TransformerTower(Tower):
     def last_parameters(self, num_last: int) -> list[nn.Parameter]:
         self._check_num_last(num_last)
         modules = [block.module for block in self.blocks[self.num_blocks - num_last :]]
-        parts = [[part] if isinstance(part, nn.Parameter) else part.parameters() for part in (*modules, *self.tail)]
+        parts = [[part] if isinstance(part, nn.Parameter) else part.parameters() for part in (*modules, *self.tail())]
         return list({id(parameter): parameter for part in parts for parameter in part}.values())
 
     def _split(self, grid: tuple[int, int], num_last: int) -> tuple[Sequence[Block], Sequence[Block], Sequence[Block]]:

@@ -198,6 +198,21 @@ def test_counts_of_blocks_that_are_refused(backbone: Backbone) -> None:
     for count in (0, -1, 99):
         with pytest.raises(ValueError, match=rf"num_blocks must be in 1\.\.\d+, got {count}\."):
             backbone.trainable_copy(count)
+    with pytest.raises(ValueError, match=r"num_blocks must be an int, got 1\.0\."):
+        backbone.trainable_copy(1.0)  # type: ignore[arg-type]
+
+
+def test_a_copy_of_a_copy_cannot_forget_what_was_trained(backbone: Backbone) -> None:
+    twin = backbone.trainable_copy(2)
+    with pytest.raises(ValueError, match=r"num_blocks must be >= 2, the blocks that .* owns already, got 1\."):
+        twin.trainable_copy(1)  # would save the last block alone, by the fingerprint of the weights before both
+    assert set(twin.trainable_copy(2).trained_state_dict()) == set(twin.trained_state_dict())
+
+
+def test_parameters_that_a_move_replaces_are_still_trained(spec: str) -> None:
+    expected = set(load_backbone(spec).trainable_copy(1).trained_state_dict())
+    moved = load_backbone(spec).to("meta")  # where a parameter cannot keep its place in memory, a new one is made
+    assert set(moved.trainable_copy(1).trained_state_dict()) == expected
 
 
 # ---- compilation and half precision
@@ -372,8 +387,10 @@ def test_loading_keeps_the_random_stream_and_the_spec(spec: str) -> None:
 def test_mode_and_dtype_that_are_refused(case: Case, spec: str) -> None:
     with pytest.raises(ValueError, match=rf"mode must be one of {re.escape(str(case.modes))} or None, got 'rwa'\."):
         load_backbone(spec, mode="rwa")
-    with pytest.raises(ValueError, match=r"dtype must be a floating point type, got torch\.int8\."):
+    with pytest.raises(ValueError, match=r"dtype must be a floating point type of torch, got torch\.int8\."):
         load_backbone(spec, dtype=torch.int8)
+    with pytest.raises(ValueError, match=r"dtype must be a floating point type of torch, got 'bfloat16'\."):
+        load_backbone(spec, dtype="bfloat16")  # type: ignore[arg-type]
 
 
 def test_embedded_is_the_shipped_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,11 +409,27 @@ def test_embedded_is_the_shipped_folder(tmp_path: Path, monkeypatch: pytest.Monk
         ("open_clip:", r"backbone must be 'embedded', 'open_clip:NAME/TAG'"),
         ("", r"backbone must be 'embedded'"),
         (None, r"backbone must be 'embedded', .* got None\."),
+        ("hf:", r"got 'hf:'\."),
+        ("open_clip:local-dir:", r"got 'open_clip:local-dir:'\."),
+        ("ViT-B-16/openai", r"got 'ViT-B-16/openai', did you mean 'open_clip:ViT-B-16/openai' or 'hf:ViT-B-16/openai'"),
     ],
 )
 def test_specs_that_are_refused(bad: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_backbone(bad)
+
+
+def test_a_folder_of_the_other_kind_says_how_it_is_loaded(tmp_path: Path) -> None:
+    mine, theirs = tmp_path / "mine", tmp_path / "theirs"
+    for folder, name in ((mine, "open_clip_config.json"), (theirs, "config.json")):
+        folder.mkdir()
+        (folder / name).write_text("{}")
+    for spec in (f"hf:{mine}", f"open_clip:{mine}", str(mine)):
+        with pytest.raises((ValueError, FileNotFoundError), match=rf"did you mean 'open_clip:local-dir:{mine}'\?\.$"):
+            load_backbone(spec)
+    for spec in (f"open_clip:local-dir:{theirs}", f"open_clip:{theirs}", str(theirs)):
+        with pytest.raises((ValueError, FileNotFoundError), match=rf"did you mean 'hf:{theirs}'\?\.$"):
+            load_backbone(spec)
 
 
 def test_importing_backbones_is_cheap() -> None:

@@ -303,9 +303,11 @@ def test_models_that_are_refused() -> None:
         make(tiny_hf.build_model("siglip", vision_use_head=False))
     with pytest.raises(ValueError, match=r"tokens_per_side must be >= 1, got 0\."):
         make(model, tokens_per_side=0)
+    with pytest.raises(ValueError, match=r"tokenizer must be callable, got NoneType\."):
+        HuggingFaceBackbone(model, None, spec="test", **STATISTICS)
     with pytest.raises(ValueError, match=r"mode must be one of \('raw', .*\) or None, got 'dense'\."):
         make(model, mode="dense")
-    with pytest.raises(ValueError, match=r"std must be three numbers, image_std of the model's .* got \(1\.0,\)\."):
+    with pytest.raises(ValueError, match=r"std must be three numbers > 0, image_std of the model's .* got \(1\.0,\)\."):
         HuggingFaceBackbone(model, tokenizer, spec="test", mean=(0.0, 0.0, 0.0), std=(1.0,))
     model.vision_model.post_layernorm.train()
     with pytest.raises(

@@ -130,7 +130,9 @@ def test_broken_files_and_other_kinds_are_refused(folder: Path) -> None:
         load_backbone(f"hf:{folder}")
     (folder / "config.json").write_text(config)
     (folder / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5]}')
-    with pytest.raises(ValueError, match=r"std must be three numbers, image_std of the model's preprocessor, got None"):
+    with pytest.raises(
+        ValueError, match=r"std must be three numbers > 0, image_std of the model's preprocessor, got None"
+    ):
         load_backbone(f"hf:{folder}")
     tiny_hf.write_folder(folder, "clip")
     (folder / "tokenizer.json").write_text("{}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -222,12 +223,26 @@ def test_a_model_in_training_mode_is_refused() -> None:
         OpenClipBackbone(model, tokenize, spec="test", **PLAIN)
 
 
+def test_things_that_are_no_model_or_tokenizer_are_refused() -> None:
+    model = build_model(VIT)
+    for wrong, name in (((model, None, None), "tuple"), (nn.Linear(1, 1).eval(), "Linear")):
+        with pytest.raises(
+            ValueError, match=rf"model must be a CLIP, CustomTextCLIP or CoCa of open_clip, got {name}\."
+        ):
+            OpenClipBackbone(wrong, tokenize, spec="test", **PLAIN)
+    with pytest.raises(ValueError, match=r"tokenizer must be callable, got NoneType\."):
+        OpenClipBackbone(model, None, spec="test", **PLAIN)  # type: ignore[arg-type]
+
+
 def test_missing_statistics_and_bad_sizes_are_refused() -> None:
     model = build_model(VIT)
     with pytest.raises(ValueError, match=r"mean must be three numbers, .* got None\."):
         OpenClipBackbone(model, tokenize, spec="test")
-    with pytest.raises(ValueError, match=r"std must be three numbers, .* got \(1\.0,\)\."):
+    with pytest.raises(ValueError, match=r"std must be three numbers > 0, .* got \(1\.0,\)\."):
         OpenClipBackbone(model, tokenize, spec="test", mean=(0.0, 0.0, 0.0), std=(1.0,))
+    for wrong in (0.5, (0.2, float("nan"), 0.2), (0.2, 0.0, 0.2)):
+        with pytest.raises(ValueError, match=rf"std must be three numbers > 0, .* got {re.escape(str(wrong))}\."):
+            OpenClipBackbone(model, tokenize, spec="test", mean=(0.0, 0.0, 0.0), std=wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"tokens_per_side must be >= 1, got 0\."):
         OpenClipBackbone(model, tokenize, spec="test", tokens_per_side=0, **PLAIN)
 
@@ -336,6 +351,7 @@ def test_a_hub_that_cannot_be_reached_says_what_to_do() -> None:
     ("rest", "message"),
     [
         ("tiny-vti/on_disk", r"open_clip has no model 'tiny-vti', did you mean 'tiny-vit'"),
+        ("hf-hub:org/name", r"with `hf download org/name --local-dir FOLDER` and load 'open_clip:local-dir:FOLDER'"),
         ("tiny-vit", r"'open_clip:tiny-vit' names no weights; .* TAG is one of: on_disk, far_away\."),
         ("tiny-vit/", r"'open_clip:tiny-vit' names no weights"),
         ("tiny-vit-quickgelu", r"TAG is one of: \(none\)\."),

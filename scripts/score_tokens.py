@@ -135,7 +135,11 @@ def _records(arguments: argparse.Namespace, queries: Sequence[str] | None) -> It
 
 
 def _read_queries(path: str) -> list[str]:
-    queries = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")  # with or without the mark that Windows puts first
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--queries must be UTF-8, {path!r} is not: {error}.") from error
+    queries = [line.strip() for line in text.split("\n") if line.strip()]
     if not queries:
         raise ValueError(f"--queries must hold one text a line, got none in {path!r}.")
     return queries

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import os
+import threading
+import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -109,6 +111,7 @@ def prepare(
         sampler=_Stream(tasks),
         batch_size=None,
         num_workers=num_workers,
+        worker_init_fn=_end_with_parent,
         collate_fn=_as_it_is,
         generator=torch.Generator(),  # seeds of workers, which draw nothing, are not taken from the global generator
     )
@@ -139,6 +142,21 @@ def _without_weights(backbone: Backbone) -> Backbone:
     plain = (bool, int, float, str, tuple, os.PathLike)
     light.__dict__ = {name: value for name, value in vars(backbone).items() if isinstance(value, plain)}
     return light
+
+
+def _end_with_parent(worker: int) -> None:
+    """Let this worker end with the process that it works for.
+
+    If that is killed, a worker that hands over a picture at this moment would wait for ever for somebody to take it.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _as_it_is(picture: Any) -> Any:

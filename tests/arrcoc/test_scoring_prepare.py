@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +97,38 @@ def test_workers_get_settings_without_weights() -> None:
     for size in ((30, 50), (500, 17), (224, 224)):
         assert copied.input_size(*size, scale=1.4) == backbone.input_size(*size, scale=1.4)
     assert list(backbone.parameters())  # still there
+
+
+KILLED = """
+import multiprocessing, os, pathlib, signal, sys
+import numpy as np
+from arrcoc.scoring.prepare import Task, prepare
+from models import TinyBackbone
+
+pictures = (np.zeros((2000, 2000, 3), np.uint8) for _ in range(100))  # more than fits into a pipe
+tasks = (Task(number=n, name=str(n), image=picture, queries=("red",)) for n, picture in enumerate(pictures))
+ready = prepare(tasks, TinyBackbone(), (1.0,), num_workers=1)
+next(ready)
+(worker,) = multiprocessing.active_children()
+pathlib.Path(sys.argv[1]).write_text(str(worker.pid))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_end_with_the_process_that_they_work_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A killed process says no farewell, and its worker would wait for ever with a copy of the model."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+    assert subprocess.run([sys.executable, "-c", KILLED, tmp_path / "pid"], check=False).returncode == -signal.SIGKILL
+    worker = int((tmp_path / "pid").read_text())
+    deadline = time.monotonic() + 20
+    while is_alive(worker) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not is_alive(worker)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that ended and that nobody has asked for yet does not."""
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False

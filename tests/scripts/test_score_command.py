@@ -107,9 +107,17 @@ def test_ctrl_c_says_how_to_go_on(
 
 
 def test_queries_come_from_a_file(spec: str, tmp_path: Path) -> None:
-    (tmp_path / "queries.txt").write_text("a cup\n\n dog \n")
+    # As Windows writes it; one line holds a separator of Unicode that is not the end of a line.
+    (tmp_path / "queries.txt").write_bytes("\ufeffa cup\r\n\r\n dog \na\u2028b\n".encode())
     score(spec, tmp_path / "out", PHOTOS / "coffee.jpg", "--queries", tmp_path / "queries.txt", "--format", "jsonl")
-    assert [record["query"] for record in read_scores(tmp_path / "out")] == ["a cup", "dog"]
+    assert [record["query"] for record in read_scores(tmp_path / "out")] == ["a cup", "dog", "a\u2028b"]
+
+
+def test_queries_of_another_encoding_are_refused(spec: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "queries.txt").write_bytes("café".encode("latin-1"))
+    argv = [str(PHOTOS / "coffee.jpg"), "--model", spec, "--queries", str(tmp_path / "queries.txt")]
+    assert score_tokens.main([*argv, "--output", str(tmp_path / "out")]) == 2
+    assert "--queries must be UTF-8, " in capsys.readouterr().err
 
 
 def test_shards_ask_for_themselves(spec: str, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from arrcoc.data.masks import (
     LARGEST,
@@ -34,7 +35,8 @@ class Region:
     Args:
         kind: its form.
 
-            - "mask": a picture (path, bytes or PIL) of the picture's size; what is not zero is inside.
+            - "mask": a picture (path, bytes or PIL) of the picture's size; what is neither zero nor fully transparent
+              is inside. A JPEG is refused: its zeros are not zero.
             - "boxes": [[x, y, width, height], ...] in pixels, their union; may leave the picture.
             - "polygons": [[x, y, x, y, ...], ...] in pixels, their union; may leave the picture.
             - "rle": {"size": [height, width], "counts": ...}, COCO's run lengths, a list or compressed.
@@ -126,18 +128,25 @@ def _read_mask(source: Any, height: int, width: int) -> Mask:
         with open_picture(source) as picture:
             if (picture.height, picture.width) != (height, width):
                 raise ItemError(
-                    f"mask {describe(source)} must have the picture's (height, width) {height, width}, "
+                    f"{describe(source)} must have the picture's (height, width) {height, width}, "
                     f"got {picture.height, picture.width}.",
-                    reason="mask of another size",
+                    reason="picture of another size",
                 )
-            pixels = np.asarray(
-                picture if picture.mode in ("1", "L", "P", "I", "I;16", "F") else picture.convert("RGB")
-            )
+            if picture.format == "JPEG":
+                message = f"{describe(source)} is a JPEG, whose compression blurs what is zero; save it as PNG."
+                raise ItemError(message, reason="picture is a JPEG")
+            pixels = _mask_pixels(picture)
     except ItemError as error:
-        if error.reason == "mask of another size":
-            raise
         raise ItemError(f"mask: {error}", reason=error.reason.replace("picture", "mask")) from error
     inside: Mask = np.not_equal(pixels, 0)
-    if inside.ndim == 3:
-        inside = np.logical_or.reduce(inside, axis=2)
-    return inside
+    return np.logical_or.reduce(inside, axis=2) if inside.ndim == 3 else inside
+
+
+def _mask_pixels(picture: Image.Image) -> NDArray[Any]:
+    """Values [H, W] or colours [H, W, 3]; what is fully transparent is zero, whatever its colour."""
+    if picture.mode in ("1", "L", "P", "I", "I;16", "F"):
+        return np.asarray(picture)
+    if "A" not in picture.getbands():
+        return np.asarray(picture.convert("RGB"))
+    pixels_HWC = np.asarray(picture.convert("RGBA"))
+    return pixels_HWC[..., :3] * (pixels_HWC[..., 3:] > 0)

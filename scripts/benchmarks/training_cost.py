@@ -1,8 +1,10 @@
 """What training costs beside its floor, as ratios measured in turn in one run.
 
-The floor of a cached epoch is the head alone: all passes over it, losses and steps, on inputs that lie ready in memory.
-The floor of SAM with online tokens is AdamW, which makes one pass over the head where SAM makes two; the backbone runs
-once for both. An epoch is all that the trainer does in it.
+The floor of a cached epoch is the head alone: all passes over it, the noise of the penalty, losses and steps, and the
+two passes that measure sharpness once an epoch, on inputs that lie ready in memory. What an epoch costs beyond is
+reading the tokens (after the first time from the system's page cache), choosing queries, similarity and the trainer's
+own work. The floor of SAM with online tokens is AdamW, which makes one pass over the head where SAM makes two; the
+backbone runs once for both. An epoch is all that the trainer does in it.
 
 For example: python scripts/benchmarks/training_cost.py
 """

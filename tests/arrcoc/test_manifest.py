@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from arrcoc.data.manifest import ManifestDataset, read_manifest, stream_manifest
+from arrcoc.data.manifest import ManifestDataset, ManifestRecords, read_manifest, stream_manifest
 from arrcoc.data.selection import Selection
 from arrcoc.data.skips import Skips
 from arrcoc.data.writers import write_manifest
@@ -191,6 +191,18 @@ def test_any_data_set_as_a_manifest(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"samples must hold at least one sample, got none"):
         write_manifest([], tmp_path / "empty")
     assert not (tmp_path / "empty").exists()
+
+
+def test_memory_of_long_paths(tmp_path: Path) -> None:
+    """Paths are not kept while a manifest is looked through."""
+    path = write(tmp_path, *({"image": f"{number:0200d}.png"} for number in range(5000)))
+    tracemalloc.start()
+    try:
+        assert len(ManifestRecords(path, Skips())) == 5000
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 5000 * 150
 
 
 def test_memory_of_reading_a_manifest(tmp_path: Path) -> None:

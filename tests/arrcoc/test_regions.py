@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,13 @@ from pycocotools import mask as pycoco
 from arrcoc.data.regions import Region, count_pixels
 from arrcoc.data.skips import ItemError
 from data_cases import HEIGHT, WIDTH, noise, png, rectangle, save
+
+
+def jpeg(picture: Image.Image) -> bytes:
+    content = io.BytesIO()
+    picture.save(content, "JPEG")
+    return content.getvalue()
+
 
 TRUTH = rectangle(5, 10, 25, 40).numpy()
 RUNS = pycoco.encode(np.asfortranarray(TRUTH.astype(np.uint8)))
@@ -66,6 +74,13 @@ def test_mask_pictures(tmp_path: Path, mode: str, source: str) -> None:
     np.testing.assert_array_equal(Region(kind="mask", value=value).decode(HEIGHT, WIDTH), TRUTH)
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_what_is_transparent_is_outside_whatever_its_colour(mode: str) -> None:
+    picture = Image.new(mode, (WIDTH, HEIGHT), (255,) * len(mode))
+    picture.putalpha(Image.fromarray(TRUTH.astype(np.uint8) * 9))
+    np.testing.assert_array_equal(Region(kind="mask", value=png(picture)).decode(HEIGHT, WIDTH), TRUTH)
+
+
 def test_counts_of_many_regions_at_once() -> None:
     rng = np.random.default_rng(0)
     regions = [Region(kind=kind, value=value) for kind, value in FORMS.values()]
@@ -109,9 +124,10 @@ def test_counts_of_many_regions_at_once() -> None:
         (
             "mask",
             png(noise(height=41)),
-            r"mask \d+ bytes must have .* \(40, 60\), got \(41, 60\)",
+            r"mask: \d+ bytes must have .* \(40, 60\), got \(41, 60\)",
             "mask of another size",
         ),
+        ("mask", jpeg(noise()), r"mask: \d+ bytes is a JPEG, whose compression blurs .*; save it", "mask is a JPEG"),
         ("mask", png(noise())[:900], r"mask: cannot read the pixels of 900 bytes", "mask unreadable"),
     ],
 )

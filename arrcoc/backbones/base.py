@@ -9,6 +9,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from math import floor, isfinite
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -81,6 +82,13 @@ class Backbone(nn.Module, ABC):
         self.fingerprint()
         self._text_origin = None
         return super()._apply(fn, recurse)  # type: ignore[no-any-return,no-untyped-call]
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        """What ``load_state_dict`` of this or of an assembly calls: nothing remembered holds for other weights."""
+        self._text_origin = None
+        if not self.num_trained:  # a copy keeps the fingerprint of the weights that it was made from
+            self._fingerprint = None
+        super()._load_from_state_dict(*arguments)
 
     def _encode_pixels(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Patch tokens [B, N, D] in row-major order and image embeddings [B, D] of normalised pixels [B, 3, H, W]."""
@@ -297,7 +305,8 @@ class Backbone(nn.Module, ABC):
     def fingerprint(self) -> str:
         """First 16 hex digits of the SHA-256 over names, shapes and float32 values of the wrapped weights.
 
-        It depends on the weights alone, not on spec, device or file; computed once.
+        It depends on the weights alone, not on spec, device or file. It is computed once, and anew after
+        ``load_state_dict`` of this backbone or of a module around it.
         """
         if self._fingerprint is None:
             digest = hashlib.sha256()

@@ -368,6 +368,21 @@ def test_fingerprint_tells_weights_apart(spec: str, backbone: Backbone) -> None:
     assert other.fingerprint() != backbone.fingerprint()
 
 
+def test_what_is_remembered_of_weights_goes_when_others_are_loaded(case: Case, spec: str) -> None:
+    mode = case.modes[-1] if case.modes == ("raw",) else "surgery"
+    backbone, other = load_backbone(spec, mode=mode), load_backbone(spec, mode=mode)
+    twin = backbone.trainable_copy(1)
+    before = backbone.fingerprint(), twin.fingerprint(), backbone.text_origin
+    changed = {name: 1.5 * value for name, value in backbone.state_dict().items() if value.is_floating_point()}
+    assembly = nn.ModuleList([backbone, twin, other])
+    assembly.load_state_dict({f"{n}.{key}": value for n in "012" for key, value in changed.items()}, strict=False)
+    assert backbone.fingerprint() == other.fingerprint() != before[0]
+    assert twin.fingerprint() == before[1]  # that of the weights it was made from
+    if before[2] is not None:
+        assert torch.equal(backbone.text_origin, backbone.encode_text([""])[0])
+        assert not torch.equal(backbone.text_origin, before[2])
+
+
 def test_half_precision_gives_float32_tokens_of_the_same_weights(spec: str, backbone: Backbone) -> None:
     half = load_backbone(spec, dtype=torch.bfloat16)
     images = images_for(backbone, 3, 2)

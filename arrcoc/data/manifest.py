@@ -159,8 +159,8 @@ def read_manifest(path: str | os.PathLike[str], *, skips: Skips | None = None) -
     return _each(ManifestRecords(path, skips), skips)
 
 
-def _each(records: Sequence[Record], skips: Skips) -> Iterator[Record]:
-    for number in range(len(records)):
+def _each(records: Sequence[Record], skips: Skips, part: Part = (0, 1)) -> Iterator[Record]:
+    for number in take_part(range(len(records)), part):
         try:
             yield records[number]
         except ItemError as error:
@@ -193,6 +193,7 @@ def stream_manifest(
     """The pictures of a manifest in a row, without looking at them first; arguments as in `RecordStream`."""
 
     def read(skips: Skips, part: Part, generator: torch.Generator | None) -> Iterator[Record]:
-        return take_part(read_manifest(path, skips=skips), part)
+        # Every part looks at every line; the first one counts.
+        return _each(ManifestRecords(path, skips if part[0] == 0 else Skips(skips.on_error)), skips, part)
 
     return RecordStream(read, selection, vocabulary=vocabulary, shuffle=shuffle, seed=seed)

@@ -85,9 +85,11 @@ def iterate_shards(
     shards = find_shards(pattern)
     if generator is not None:
         shards = [shards[place] for place in torch.randperm(len(shards), generator=generator).tolist()]
-    by_shard = len(shards) >= part[1]
-    records = _read(list(take_part(shards, part)) if by_shard else shards, skips or Skips(), texts)
-    return records if by_shard else take_part(records, part)
+    skips = skips or Skips()
+    if len(shards) >= part[1]:
+        return _read(list(take_part(shards, part)), skips, texts)
+    # Every part looks at every picture; the first one counts.
+    return take_part(_read(shards, skips if part[0] == 0 else Skips(skips.on_error), texts), part)
 
 
 def stream_shards(

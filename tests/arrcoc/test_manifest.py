@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tracemalloc
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,15 @@ def test_a_picture_with_a_broken_line_is_not_used(tmp_path: Path) -> None:
     for found in (ManifestDataset(path, selection), stream_manifest(path, selection)):
         assert [sample.name for sample in found] == ["images/b.png"]
         assert found.skips.broken == {"region broken": 1, "line unreadable": 1}
+
+
+def test_parts_count_what_is_broken_once(tmp_path: Path) -> None:
+    line = {"text": "cup", "boxes": [BOX]}
+    path = write(tmp_path, b"no JSON", *({"image": f"images/{name}.png", **line} for name in ("a", "gone", "b")))
+    parts = [stream_manifest(path, Selection(on_error="skip")).part(number, 3) for number in range(3)]
+    assert sorted(sample.name for part in parts for sample in part) == ["images/a.png", "images/b.png"]
+    broken = sum((part.skips.broken for part in parts), Counter())
+    assert broken == {"line unreadable": 1, "picture missing": 1}
 
 
 def test_pictures_to_score_only(tmp_path: Path) -> None:

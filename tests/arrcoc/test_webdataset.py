@@ -8,6 +8,7 @@ import itertools
 import json
 import pickle
 import tarfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,14 @@ def test_parts_see_everything_once(tmp_path: Path, num_parts: int) -> None:
     whole = stream_shards(tmp_path / "*.tar")
     names = [[sample.name for sample in whole.part(number, num_parts)] for number in range(num_parts)]
     assert all(names) and sorted(itertools.chain(*names)) == [sample.name for sample in expected]
+
+
+def test_parts_count_what_is_broken_once(tmp_path: Path) -> None:
+    members = {"a.png": PICTURE, "a.json": BOXED, "b.json": BOXED, "c.png": PICTURE[:99], "c.json": BOXED}
+    shard = write(tmp_path / "x.tar", members)
+    parts = [stream_shards(shard, Selection(on_error="skip")).part(number, 3) for number in range(3)]
+    assert [sample.name for part in parts for sample in part] == ["a.png"]
+    assert sum((part.skips.broken for part in parts), Counter()) == {"picture missing": 1, "picture unreadable": 1}
 
 
 def test_shuffling_moves_whole_shards_too(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def _read(shards: Sequence[Path], skips: Skips, texts: str) -> Iterator[Record]:
 
 
 class _Header(tarfile.TarInfo):
-    """A header of which only the end of an archive ends it: ``tarfile`` itself ends at any damaged one, silently."""
+    """A header that is refused if it is damaged: ``tarfile`` would take it for the end of the archive, silently."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:

@@ -138,7 +138,8 @@ class RecordStore:
 
     def _open_part(self) -> tuple[Path, FileIO, FileIO]:
         """A new part with the next free number; two processes never get the same one."""
-        number = 1 + max((int(path.stem) for path in self.folder.glob("[0-9]*.*")), default=0)
+        numbers = (int(path.stem) for path in self.folder.iterdir() if path.stem.isdecimal())
+        number = 1 + max(numbers, default=0)
         while True:
             part = self.folder / f"{number:06d}.records"
             try:

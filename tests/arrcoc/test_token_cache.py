@@ -143,6 +143,7 @@ def test_a_writer_that_fails_in_the_middle_goes_on_in_another_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = filled(tmp_path, range(1))
+    (cache.folder / "000001 (copy).index").touch()  # as people and synchronising programs leave behind
     from arrcoc.training import record_store
 
     def full_disk(file: object, data: bytes) -> None:

@@ -57,11 +57,9 @@ class Backbone(nn.Module, ABC):
     model: nn.Module
     tower: Tower | None
     spec: str
-    mode: str
     embed_dim: int
     stride: tuple[int, int]
     tokens_per_side: int
-    orientation: int
     normalize_patches: bool
     logit_scale: float
     logit_bias: float | None
@@ -100,6 +98,28 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def _encode_texts(self, texts: list[str]) -> Tensor:
         """Text embeddings [Q, D] of any norm."""
+
+    @property
+    def mode(self) -> str:
+        """See above; chosen when the backbone is loaded."""
+        return self._mode
+
+    @mode.setter
+    def mode(self, mode: str) -> None:
+        if self.tower is not None and mode != self.tower.mode:
+            raise ValueError(f"mode is chosen when a backbone is loaded, and is {self.tower.mode!r}, got {mode!r}.")
+        self._mode = mode
+
+    @property
+    def orientation(self) -> int:
+        """See above; to be set where masks say otherwise."""
+        return self._orientation
+
+    @orientation.setter
+    def orientation(self, orientation: int) -> None:
+        if orientation not in (1, -1):
+            raise ValueError(f"orientation must be +1 or -1, got {orientation!r}.")
+        self._orientation = orientation
 
     @property
     def modes(self) -> tuple[str, ...]:

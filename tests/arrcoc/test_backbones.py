@@ -408,6 +408,20 @@ def test_mode_and_dtype_that_are_refused(case: Case, spec: str) -> None:
         load_backbone(spec, dtype="bfloat16")  # type: ignore[arg-type]
 
 
+def test_mode_and_sign_of_a_backbone_cannot_be_set_to_what_is_not_so(case: Case, spec: str) -> None:
+    backbone = load_backbone(spec)
+    for wrong in (0, 2, "up", None):
+        with pytest.raises(ValueError, match=rf"orientation must be \+1 or -1, got {wrong!r}\."):
+            backbone.orientation = wrong  # type: ignore[assignment]
+    backbone.orientation = -case.orientation
+    assert backbone.trainable_copy(1).orientation == copy.deepcopy(backbone).orientation == -case.orientation
+    with pytest.raises(
+        ValueError, match=rf"mode is chosen when .* is loaded, and is {case.default_mode!r}, got 'sclip'\."
+    ):
+        backbone.mode = "sclip"
+    assert backbone.mode == case.default_mode
+
+
 def test_embedded_is_the_shipped_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_folder(tmp_path, CONVOLUTION)
     monkeypatch.setattr("arrcoc.backbones.asset_path", lambda name: {"embedded_clip": folder}[name])

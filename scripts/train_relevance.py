@@ -86,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         usage="train_relevance.py [--config FILE] [--SETTING VALUE ...] [--resume] [--progress]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # a name that is cut off or mistaken is no other name
     )
     parser.add_argument("--config", metavar="FILE", help="settings, TOML or JSON; the other flags override it")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in the output folder")

@@ -65,7 +65,7 @@ class RelevanceModel(nn.Module):
         return super()._apply(fn, recurse)  # type: ignore[no-any-return,no-untyped-call]
 
     def zero_shot(self) -> RelevanceModel:
-        """The same backbone and components without the head."""
+        """The same components without the head, on the same backbone: with its trained blocks, if it has some."""
         return RelevanceModel(
             self.backbone, robustness=self.robustness, allocation=self.allocation, multiscale=self.multiscale
         )

@@ -165,13 +165,14 @@ def score_many(
 def _tasks(inputs: Iterable[Record | BrokenInput], texts: tuple[str, ...] | None) -> Iterator[Task | Broken]:
     for number, entry in enumerate(inputs):
         if isinstance(entry, BrokenInput):
-            yield Broken(number=number, name=entry.name, queries=(), reason=entry.error.reason, error=entry.error)
+            error = ValueError(str(entry.error))  # a plain one, that goes to a worker and back
+            yield Broken(number=number, name=entry.name, queries=(), reason=entry.error.reason, error=error)
             continue
         task = Task(number=number, name=entry.name, image=entry.image, queries=texts or tuple(entry.queries))
         try:
             check_queries(task.queries)
-        except ValueError as error:
-            yield task.broken("no query", error)
+        except ValueError as refusal:
+            yield task.broken("no query", refusal)
         else:
             yield task
 

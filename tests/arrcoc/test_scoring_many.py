@@ -362,6 +362,16 @@ def test_skipped_pictures_are_listed_in_order(tmp_path: Path) -> None:
     assert summary.num_skipped == {"picture unreadable": 1, "budget above the grid": 2}
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_broken_lines_of_a_manifest_are_listed(pictures: list[Path], tmp_path: Path, num_workers: int) -> None:
+    manifest = tmp_path / "data.jsonl"
+    manifest.write_text(json.dumps({"image": str(pictures[0]), "text": "red"}) + "\nbroken{\n")
+    summary = score_many(tiny_scorer(), manifest, output=tmp_path / "out", on_error="skip", num_workers=num_workers)
+    assert (summary.num_scored, summary.num_skipped) == (1, {"line unreadable": 1})
+    (line,) = map(json.loads, (tmp_path / "out" / "skipped.jsonl").read_text().splitlines())
+    assert line["number"] == 1 and "the line is not JSON" in line["error"]
+
+
 def test_a_picture_without_a_query(pictures: list[Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"000\.png: queries must hold at least one text, got none"):
         score_many(tiny_scorer(), pictures, output=tmp_path / "a", num_workers=0)

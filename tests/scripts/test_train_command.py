@@ -280,6 +280,7 @@ def test_blocks_are_trained_validated_resumed_and_loaded(
         (["--device", "warp"], "error: --device must be one that this machine has, got 'warp'."),
         (["--resume"], "error: no checkpoint to resume from at"),
         (["--model", "open_clip:local-dir:/no/such"], "error: open_clip local-dir '/no/such' is not a folder."),
+        (["--epoch", "1"], "error: unrecognized arguments: --epoch 1"),
         (["--epochs", "0"], "error: epochs must be an integer >= 1, got 0."),
         (["--batch-size", "0"], "error: batch_size must be an integer >= 1, got 0."),
         (["--num", "x"], "error: argument --num: invalid int value: 'x'"),

@@ -369,7 +369,7 @@ def test_broken_lines_of_a_manifest_are_listed(pictures: list[Path], tmp_path: P
     summary = score_many(tiny_scorer(), manifest, output=tmp_path / "out", on_error="skip", num_workers=num_workers)
     assert (summary.num_scored, summary.num_skipped) == (1, {"line unreadable": 1})
     (line,) = map(json.loads, (tmp_path / "out" / "skipped.jsonl").read_text().splitlines())
-    assert line["number"] == 1 and "the line is not JSON" in line["error"]
+    assert line["image"].endswith("data.jsonl, line 2") and "the line is not JSON" in line["error"]
 
 
 def test_a_picture_without_a_query(pictures: list[Path], tmp_path: Path) -> None:

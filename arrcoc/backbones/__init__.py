@@ -45,7 +45,7 @@ def load_backbone(
         A `Backbone`.
 
     Raises:
-        ValueError: if spec, dtype or mode is unknown, or the weights do not fit the model.
+        ValueError: if spec, dtype or mode is unknown, or the weights do not fit the model or are no numbers.
         FileNotFoundError: if a folder, its configuration or its weights are missing.
         ConnectionError: if weights must be downloaded and cannot be.
 
@@ -56,6 +56,9 @@ def load_backbone(
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype must be a floating point type of torch, got {dtype!r}.")
     backbone = _load(spec, mode)
+    for name, value in backbone.model.state_dict().items():
+        if not value.sum(dtype=torch.float32).isfinite():
+            raise ValueError(f"weights of {spec!r} must be finite numbers, and those of {name!r} are not.")
     return backbone.to(device=device or "cpu", dtype=dtype or torch.float32)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from arrcoc.backbones import Backbone, load_backbone
@@ -420,6 +421,19 @@ def test_mode_and_sign_of_a_backbone_cannot_be_set_to_what_is_not_so(case: Case,
     ):
         backbone.mode = "sclip"
     assert backbone.mode == case.default_mode
+
+
+def test_weights_that_are_no_numbers_are_refused(case: Case, tmp_path: Path) -> None:
+    spec = case.spec(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    weights = load_file(file)
+    name = next(name for name, value in weights.items() if name.startswith("vis") and value.is_floating_point())
+    weights[name].view(-1)[-1] = torch.inf
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=rf"weights of '{spec}' must be finite numbers, and those of '{name}' are not\."
+    ):
+        load_backbone(spec)
 
 
 def test_embedded_is_the_shipped_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

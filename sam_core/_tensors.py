@@ -65,7 +65,13 @@ def shift_(tensors: Sequence[Tensor], amount: float, *, foreach: bool | None = N
 
 def scale_(tensors: Sequence[Tensor], factor: float, *, foreach: bool | None = None) -> None:
     """``x *= factor`` in place."""
-    _apply(lambda xs: torch._foreach_mul_(xs, factor), lambda x: Tensor.mul_(x, factor), (tensors,), foreach=foreach)
+
+    def fused(xs: list[Tensor]) -> list[Tensor] | None:
+        if xs[0].is_cpu and xs[0].dtype in _HALF_TYPES:  # the fused form would round the factor to their type
+            return [x.mul_(factor) for x in xs]
+        return torch._foreach_mul_(xs, factor)
+
+    _apply(fused, lambda x: x.mul_(factor), (tensors,), foreach=foreach)
 
 
 def add_(

@@ -133,12 +133,13 @@ class EfficientSAM(TwoPassOptimizer):
         return [*params[start:], *params[:start]][: _count(self.perturbation_ratio, len(params))]
 
     def _select(self, closure: Callable[..., Any], losses: Tensor) -> Tensor | None:
-        """Samples whose loss rises most from w to w + e; None for all."""
+        """Samples whose loss rises most from w to w + e, or falls most if it is maximised; None for all."""
         count = _count(self.sample_ratio, len(losses))
         if count == len(losses):
             return None
         rises = _sample_losses(closure()).to(losses) - losses
-        return rises.topk(count).indices.sort().values
+        worst = not self.param_groups[0].get("maximize", False)
+        return rises.topk(count, largest=worst).indices.sort().values
 
     def _ascend(self, params: list[list[Tensor]], grads: list[list[Tensor]], norm: Tensor) -> list[Move]:
         drawn = set(self._draw())

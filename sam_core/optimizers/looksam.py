@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -84,15 +85,15 @@ class LookSAM(TwoPassOptimizer):
 
     def _update(self, norm: Tensor) -> None:
         if self._ascent_grads:
-            self._remember()
+            self._remember(norm)
             self._step_base(norm)
         else:
             self._reuse(norm)
             self._step_base()
         self._counters["num_steps"] += 1
 
-    def _remember(self) -> None:
-        """Turn the gradients at w into g_v, in their own memory."""
+    def _remember(self, norm: Tensor) -> None:
+        """Turn the gradients at w into g_v, in their own memory; nothing where it is but rounding of g_s."""
         pairs = self._pairs()
         first = [g for pair in pairs for g in pair.ascent_grads]
         second = [g for pair in pairs for g in pair.descent_grads]
@@ -100,8 +101,13 @@ class LookSAM(TwoPassOptimizer):
         share = _tensors.dot(second, first) / length if length > 0 else 0.0
         _tensors.scale_(first, -share, foreach=self.foreach)
         _tensors.add_(first, second, foreach=self.foreach)
-        params = (p for pair in pairs for p in pair.params)
-        self._method_state = {p: {"flat_grad": g} for p, g in zip(params, first, strict=True)}
+        # Where g_s is a multiple of g, as with a single weight, noise would be added at the full length alpha ||g||.
+        dtypes = {g.dtype for g in first}
+        stored = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
+        summed = max((torch.finfo(torch.promote_types(dtype, torch.float32)).eps for dtype in dtypes), default=0.0)
+        if float(_tensors.norm(first, foreach=self.foreach)) > max(stored, 32 * summed) * float(norm):
+            params = (p for pair in pairs for p in pair.params)
+            self._method_state = {p: {"flat_grad": g} for p, g in zip(params, first, strict=True)}
 
     def _reuse(self, norm: Tensor) -> None:
         """Add alpha (||g|| / ||g_v||) g_v to the gradients in ``.grad``; nothing where rho = 0."""

@@ -9,7 +9,7 @@ from torch import nn
 from sam_cases import assert_bitwise, true_perturbation
 from sam_core import ASAM, SAM, AdaptiveAscent, L2Ascent, compute_perturbation, perturb, perturbed, restore
 from sam_core._checks import check_count
-from sam_core._tensors import norm
+from sam_core._tensors import norm, scale_
 
 
 def random_lists(seed=0, dtype=torch.float64):
@@ -130,6 +130,16 @@ def test_norm_of_halves_is_float32_and_does_not_overflow():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_norm_of_a_bad_entry_is_not_finite(bad):
     assert not norm([torch.ones(3), torch.tensor([0.0, bad])]).isfinite()
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_tensors_are_scaled_by_the_factor_itself(dtype, foreach):
+    """Not by the factor rounded to their type, as torch's fused form does on CPUs."""
+    x = torch.linspace(-2, 2, 1001).to(dtype)
+    scaled = x.clone()
+    scale_([scaled], 1.2345678, foreach=foreach)
+    assert torch.equal(scaled, (x.double() * 1.2345678).to(dtype))
 
 
 def test_norm_of_nothing_is_zero():

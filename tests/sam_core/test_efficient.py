@@ -35,6 +35,17 @@ def test_efficient_passes_have_the_promised_sizes(size, ratio, selected):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+def test_efficient_selects_what_gets_worst_also_when_maximizing():
+    results = []
+    for maximize in (False, True):
+        model = make_model()
+        closure = make_closure(model, method="efficientsam")
+        optimizer = make_efficient(model, maximize=maximize)
+        optimizer.step(lambda *indices, sign=-1 if maximize else 1, of=closure: sign * of(*indices))
+        results.append(copies(model))
+    assert_bitwise(results[1], results[0])
+
+
 def test_efficient_ties_still_give_the_promised_number():
     model, sizes = make_model(), []
     inputs, targets = (x[:1].repeat_interleave(8, 0) for x in make_batch())

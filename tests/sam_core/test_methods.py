@@ -124,6 +124,26 @@ def test_looksam_adds_a_vector_orthogonal_to_g_and_of_length_alpha_g():
     assert abs(added @ g) < 1e-12 * g.norm() ** 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 2, 100_000])
+def test_looksam_does_not_take_rounding_for_a_flat_direction(dtype, size):
+    """Of a multiple of |w|^2, g_s is a multiple of g, so that g_v = 0: what rounding leaves of it must not be added."""
+    weight = nn.Parameter(torch.randn(size, generator=torch.Generator().manual_seed(0)).to(dtype))
+    optimizer = LookSAM([weight], torch.optim.SGD, rho=0.05, alpha=0.7, lr=0.0)
+
+    def closure():
+        loss = 0.37 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    optimizer.step(closure)
+    ready = weight.grad.clone()
+    optimizer.zero_grad()
+    closure()
+    assert_bitwise([ready], [weight.grad])
+
+
 def test_looksam_leaves_weights_alone_between_its_sam_steps():
     """Regression: peers' defect 12, weights of the last SAM step were put back on every step."""
     model = make_model()

@@ -121,6 +121,7 @@ LEVELS: dict[str, dict[str, int]] = {
         "training.run_log": 1,
         "training.calibration": 2,
         "training.images": 3,
+        "training.workers": 1,
         "training.tokens": 7,
         "training.validation": 8,
         "training.part": 8,

@@ -29,8 +29,8 @@ class CocoFolder(RecordDataset):
             ``captions*.json``, ``refs*.json``).
         queries: "categories", "captions" or "sentences".
         regions: "masks", where an annotation without a segmentation is given by its box; or "boxes" for all.
-        split, val_share, test_share, split_seed, limit, min_coverage, max_coverage, absent_queries, on_error, check: as
-            in `Selection`. Absent queries are names of categories.
+        split, val_share, test_share, split_seed, limit, min_coverage, max_coverage, absent_queries, synonyms, on_error,
+            check: as in `Selection`. Absent queries are names of categories.
 
     Attributes:
         names: file names of the pictures.
@@ -56,6 +56,7 @@ class CocoFolder(RecordDataset):
         min_coverage: float = 0.01,
         max_coverage: float = 0.60,
         absent_queries: int = 0,
+        synonyms: str | None = None,
         on_error: str = "raise",
         check: str = "headers",
     ) -> None:
@@ -68,6 +69,7 @@ class CocoFolder(RecordDataset):
             min_coverage=min_coverage,
             max_coverage=max_coverage,
             absent_queries=absent_queries,
+            synonyms=synonyms,
             on_error=on_error,
             check=check,
         )

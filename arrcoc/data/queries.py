@@ -83,13 +83,7 @@ class QueryVariants:
             FileNotFoundError: if there is no file.
             ValueError: if it is not such a JSON object.
         """
-        try:
-            synonyms = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}.") from error
-        if not isinstance(synonyms, dict) or not all(isinstance(others, list) for others in synonyms.values()):
-            raise ValueError(f'{path} must hold an object like {{"couch": ["sofa"]}}, got {str(synonyms)[:80]}.')
-        return cls(templates=templates, synonyms=synonyms)
+        return cls(templates=templates, synonyms=read_synonyms(path))
 
     def variants(self, query: str) -> tuple[str, ...]:
         """All different variants of a query, in a fixed order; the first is the query itself."""
@@ -131,6 +125,22 @@ def _fill(template: str, query: str) -> str:
         return f"{word} {{}}"
 
     return _ARTICLE_AND_PLACE.sub(article, template).replace("{}", query)
+
+
+def read_synonyms(path: str | os.PathLike[str]) -> dict[str, list[str]]:
+    """Name -> other names of the same, from a JSON file ``{"couch": ["sofa", "settee"]}``.
+
+    Raises:
+        FileNotFoundError: if there is no file.
+        ValueError: if it is not such a JSON object.
+    """
+    try:
+        synonyms = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(synonyms, dict) or not all(isinstance(others, list) for others in synonyms.values()):
+        raise ValueError(f'{path} must hold an object like {{"couch": ["sofa"]}}, got {str(synonyms)[:80]}.')
+    return synonyms
 
 
 def absent_names(

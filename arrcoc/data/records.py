@@ -15,7 +15,7 @@ from PIL import Image
 
 from arrcoc.data.masks import Mask
 from arrcoc.data.pictures import PictureSource, decode_picture, picture_size
-from arrcoc.data.queries import absent_names
+from arrcoc.data.queries import absent_names, read_synonyms
 from arrcoc.data.regions import Region, count_pixels
 from arrcoc.data.sample import RelevanceDataset, RelevanceSample
 from arrcoc.data.selection import Selection
@@ -109,7 +109,9 @@ def _fits(low: int, high: int, size: tuple[int, int], selection: Selection) -> s
     return "" if sure else None
 
 
-def choose_absent(record: Record, vocabulary: Sequence[str], count: int) -> tuple[str, ...]:
+def choose_absent(
+    record: Record, vocabulary: Sequence[str], count: int, synonyms: Mapping[str, Sequence[str]] | None = None
+) -> tuple[str, ...]:
     """Names of the vocabulary that are not in the picture, chosen by the hash of the picture's key."""
     if not count:
         return ()
@@ -117,7 +119,7 @@ def choose_absent(record: Record, vocabulary: Sequence[str], count: int) -> tupl
     if len(vocabulary) > MOST_NAMES:
         start = int(hash_fraction(key) * len(vocabulary))
         vocabulary = [vocabulary[(start + step) % len(vocabulary)] for step in range(MOST_NAMES)]
-    return absent_names(vocabulary, (*record.present, *record.queries), count, key=key)
+    return absent_names(vocabulary, (*record.present, *record.queries), count, key=key, synonyms=synonyms)
 
 
 def make_sample(record: Record, picture: Image.Image, texts: Sequence[str], absent: Sequence[str]) -> RelevanceSample:
@@ -167,6 +169,7 @@ class RecordDataset(RelevanceDataset):
         self.selection = selection = selection or Selection()
         self.skips = Skips(selection.on_error) if skips is None else skips
         self._records = records
+        self._synonyms = None if selection.synonyms is None else read_synonyms(selection.synonyms)
         self._chosen: list[tuple[int, tuple[str, ...]]] = []
         names: list[str] = []
         seen: dict[str, None] = {}
@@ -206,7 +209,7 @@ class RecordDataset(RelevanceDataset):
         """
         number, texts = self._chosen[index]
         record = self._records[number]
-        absent = choose_absent(record, self._vocabulary, self.selection.absent_queries)
+        absent = choose_absent(record, self._vocabulary, self.selection.absent_queries, self._synonyms)
         try:
             picture = decode_picture(record.image)
             check_size(record, (picture.height, picture.width))

@@ -24,6 +24,8 @@ class Selection:
             one pixel.
         absent_queries: how many texts that name nothing in the picture are added (fewer if there are fewer), drawn from
             the names of the whole data set by a hash of the picture; >= 0.
+        synonyms: JSON file of other names, {"couch": ["sofa"]}: one of what is there is never asked as absent, and
+            training asks in these words too.
         on_error: "raise" stops at the first broken item, "skip" leaves it out and counts it.
         check: what is read of each picture when a data set is opened: "headers", or "pixels" too, which takes longer
             and finds truncated files then and not in the middle of training. Streams always see the pixels.
@@ -37,6 +39,7 @@ class Selection:
     min_coverage: float = 0.01
     max_coverage: float = 0.60
     absent_queries: int = 0
+    synonyms: str | None = None
     on_error: str = "raise"
     check: str = "headers"
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from functools import partial
+from typing import Any
 
 NUM_EXAMPLES = 10
 
@@ -20,6 +22,10 @@ class ItemError(ValueError):
         super().__init__(message)
         self.reason = reason
         self.name = name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How it leaves the worker process of a loader."""
+        return partial(ItemError, reason=self.reason, name=self.name), self.args
 
 
 class Skips:

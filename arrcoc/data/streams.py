@@ -9,6 +9,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from arrcoc.data.pictures import decode_picture
+from arrcoc.data.queries import read_synonyms
 from arrcoc.data.records import MOST_NAMES, Record, check_size, choose_absent, choose_queries, make_sample
 from arrcoc.data.sample import RelevanceSample
 from arrcoc.data.selection import Selection
@@ -60,6 +61,7 @@ class RecordStream(Iterable[RelevanceSample]):
         self.skips = Skips(self.selection.on_error)
         self.epoch = 0
         self._read = read
+        self._synonyms = None if self.selection.synonyms is None else read_synonyms(self.selection.synonyms)
         self._vocabulary = None if vocabulary is None else tuple(vocabulary)
         self._shuffle = shuffle
         self._seed = seed
@@ -110,7 +112,7 @@ class RecordStream(Iterable[RelevanceSample]):
         texts = choose_queries(record, size, self.selection, self.skips)
         if not texts:
             return None
-        absent = choose_absent(record, vocabulary, self.selection.absent_queries)
+        absent = choose_absent(record, vocabulary, self.selection.absent_queries, self._synonyms)
         return make_sample(record, picture, texts, absent)
 
 

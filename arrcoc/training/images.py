@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from arrcoc.data.augment import RelevanceAugmentation
 from arrcoc.data.queries import QueryVariants
 from arrcoc.data.sample import RelevanceSample, coverage
 from arrcoc.training.batches import BatchPlan
+from arrcoc.training.workers import read_items
 from sam_core._checks import check_count
 
 if TYPE_CHECKING:
@@ -142,15 +143,7 @@ class ImageLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, list[list[str]], Tensor]]:
         batches = self._plan.batches(self._plan.generator(self.epoch))
         own = [[(self.epoch, number) for number in batch[self._plan.own(len(batch))].tolist()] for batch in batches]
-        # The loader draws its workers' seeds: from a generator of its own, for the global one is not ours.
-        loader = DataLoader(
-            self._items,
-            batch_sampler=own,
-            num_workers=self.workers,
-            collate_fn=self._items.collate,
-            generator=torch.Generator().manual_seed(0),
-        )
-        return iter(loader)
+        return read_items(self._items, self.workers, batches=own, collate=self._items.collate)
 
     @property
     def num_samples(self) -> int:

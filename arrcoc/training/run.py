@@ -194,7 +194,7 @@ class _Loaders:
             "rank": ranks.rank,
             "num_ranks": ranks.num_ranks,
         }
-        self.variants = loader.query_variants()
+        self.variants = loader.query_variants(config.reading.synonyms)
 
     def training(self, samples: Samples) -> Loader:
         augmentation = self.config.loader.augmentation()

@@ -47,7 +47,6 @@ class LoaderConfig:
         augment: change the pictures at random, anew in every epoch; they then pass the backbone in every epoch.
         augment_options: arguments of RelevanceAugmentation, e.g. flip or crop.
         templates: ask in other words, such as "a photo of a ...".
-        synonyms: JSON file of other names, {"couch": ["sofa"]}.
     """
 
     batch_size: int = 16
@@ -57,7 +56,6 @@ class LoaderConfig:
     augment: bool = False
     augment_options: dict[str, Any] = field(default_factory=dict)
     templates: bool = False
-    synonyms: str | None = None
 
     def __post_init__(self) -> None:
         check_count("batch_size", self.batch_size, at_least=1)
@@ -83,11 +81,11 @@ class LoaderConfig:
         except TypeError as error:
             raise ValueError(f"augment_options must be arguments of RelevanceAugmentation: {error}.") from error
 
-    def query_variants(self) -> QueryVariants | None:
-        """Other words for queries, None for none."""
+    def query_variants(self, synonyms: str | None) -> QueryVariants | None:
+        """Other words for queries, with those of a JSON file of synonyms if there is one; None for none."""
         templates = TEMPLATES if self.templates else ()
-        if self.synonyms is not None:
-            return QueryVariants.from_json(self.synonyms, templates=templates)
+        if synonyms is not None:
+            return QueryVariants.from_json(synonyms, templates=templates)
         return QueryVariants(templates=templates) if templates else None
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from arrcoc.data.queries import QueryVariants
@@ -22,6 +22,7 @@ from arrcoc.model.relevance import RelevanceModel
 from arrcoc.tokens import VisualTokens, concatenate
 from arrcoc.training.batches import BatchPlan
 from arrcoc.training.token_cache import CachedTokens, TokenCache, TokenCacheWarning, picture_key, square_grid
+from arrcoc.training.workers import read_items
 from sam_core._checks import check_count
 
 
@@ -247,12 +248,7 @@ def _read(
     """What is needed of every sample, in order."""
     total = len(samples) if isinstance(samples, Sequence) else None
     reader = _Reader(samples, square_grid(model), cache, skip_known=workers > 0)
-    # The loader draws its workers' seeds: from a generator of its own, for the global one is not ours.
-    items: Iterable[_Read] = (
-        DataLoader(reader, batch_size=None, num_workers=workers, generator=torch.Generator().manual_seed(0))
-        if workers
-        else map(reader.read, samples)
-    )
+    items: Iterable[_Read] = read_items(reader, workers) if workers else map(reader.read, samples)
     for item in tqdm(items, total=total, desc="encoding pictures", unit="picture", disable=not progress):
         # What comes from a worker lies in shared memory and holds a file open as long as it lives.
         yield item._replace(targets=item.targets.clone()) if workers else item

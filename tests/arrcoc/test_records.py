@@ -81,6 +81,19 @@ def test_absent_and_unknown_regions() -> None:
         RecordDataset([record(queries=queries)])
 
 
+def test_a_synonym_of_what_is_there_is_never_absent(tmp_path: Path) -> None:
+    synonyms = tmp_path / "synonyms.json"
+    synonyms.write_text('{"couch": ["sofa", "settee"]}')
+    one, vocabulary = record(queries={"couch": (box(0, 0, 30, 20),)}), ("sofa", "settees", "cup")
+    for path, expected in ((None, ["couch", "cup", "settees", "sofa"]), (str(synonyms), ["couch", "cup"])):
+        selection = Selection(absent_queries=3, synonyms=path)
+        (by_number,) = RecordDataset([one], selection, vocabulary=vocabulary)
+        (in_a_row,) = stream([one], selection, vocabulary=vocabulary)
+        assert sorted(by_number.queries) == sorted(in_a_row.queries) == expected
+    with pytest.raises(FileNotFoundError, match=r"no-such\.json"):
+        RecordDataset([one], Selection(synonyms="no-such.json"))
+
+
 def test_absent_names_are_never_there() -> None:
     one = record(present=("Spoon",))
     names = ["CUP", "spoon", *(f"name {number}" for number in range(20))]

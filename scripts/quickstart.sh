@@ -8,6 +8,7 @@ venv=${VENV:-.venv}
 "$venv/bin/python" -m pip install --quiet --editable .
 started=$SECONDS
 out=runs/quickstart
+rm -rf "$out"
 "$venv/bin/python" scripts/train_relevance.py --data scenes --num 300 --epochs 15 \
     --output "$out/model" --progress
 "$venv/bin/python" scripts/score_tokens.py assets/photos/images/*.jpg --model "$out/model" \

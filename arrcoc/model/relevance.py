@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,11 @@ class RelevanceModel(nn.Module):
         """What ``to`` and its kin call: embeddings made before the move do not fit after it."""
         self._text_cache = {}
         return super()._apply(fn, recurse)  # type: ignore[no-any-return,no-untyped-call]
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        """What ``load_state_dict`` calls: embeddings made by other weights are forgotten."""
+        self._text_cache = {}
+        super()._load_from_state_dict(*arguments)
 
     def zero_shot(self) -> RelevanceModel:
         """The same components without the head, on the same backbone: with its trained blocks, if it has some."""

@@ -70,7 +70,9 @@ def test_broken_masks_and_other_files(tmp_path: Path) -> None:
     make_folder(tmp_path)
     (tmp_path / "images" / "readme.txt").write_text("about")
     save(tmp_path / "masks" / "plate" / "one.png", noise(height=HEIGHT + 1))
-    with pytest.raises(ValueError, match=r"^one\.png: mask: '.*plate/one\.png' must have .* \(40, 60\), got \(41, 60\)"):
+    with pytest.raises(
+        ValueError, match=r"^one\.png: mask: '.*plate/one\.png' must have .* \(40, 60\), got \(41, 60\)"
+    ):
         FolderDataset(tmp_path)
     folder = FolderDataset(tmp_path, Selection(on_error="skip"))
     assert folder.names == ("deep/two.b.jpg",)

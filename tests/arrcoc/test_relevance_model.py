@@ -68,6 +68,14 @@ def test_texts_are_encoded_once() -> None:
     assert model.backbone.num_encoded_texts == 3
 
 
+def test_embeddings_of_other_weights_are_forgotten() -> None:
+    model = tiny_model()
+    before = model.encode_text(["red"])
+    model.load_state_dict({name: 2 * value for name, value in model.state_dict().items()})
+    model.backbone.model.basis.data[0] = torch.tensor([0.0, 1.0, 0.0])
+    assert not torch.equal(model.encode_text(["red"]), before)
+
+
 def test_zero_shot_shares_the_backbone_and_has_no_head() -> None:
     model = tiny_model()
     assert model.zero_shot().backbone is model.backbone

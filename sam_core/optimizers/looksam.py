@@ -10,7 +10,6 @@ from torch.optim import Optimizer
 
 from sam_core import _tensors
 from sam_core._checks import check_count, check_nonnegative
-from sam_core.ascent import Move
 from sam_core.optimizers.two_pass import TwoPassOptimizer
 
 
@@ -79,10 +78,6 @@ class LookSAM(TwoPassOptimizer):
     def _second_pass_is_due(self) -> bool:
         return self.should_apply_sam() and super()._second_pass_is_due()
 
-    def _ascend(self, params: list[list[Tensor]], grads: list[list[Tensor]], norm: Tensor) -> list[Move]:
-        self._method_state = {}  # this step makes g_v anew
-        return super()._ascend(params, grads, norm)
-
     def _update(self, norm: Tensor) -> None:
         if self._ascent_grads:
             self._remember(norm)
@@ -91,6 +86,8 @@ class LookSAM(TwoPassOptimizer):
             self._reuse(norm)
             self._step_base()
         self._counters["num_steps"] += 1
+        if self.should_apply_sam():
+            self._method_state = {}  # the coming step makes g_v anew
 
     def _remember(self, norm: Tensor) -> None:
         """Turn the gradients at w into g_v, in their own memory; nothing where it is but rounding of g_s."""
@@ -105,9 +102,9 @@ class LookSAM(TwoPassOptimizer):
         dtypes = {g.dtype for g in first}
         stored = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
         summed = max((torch.finfo(torch.promote_types(dtype, torch.float32)).eps for dtype in dtypes), default=0.0)
-        if float(_tensors.norm(first, foreach=self.foreach)) > max(stored, 32 * summed) * float(norm):
-            params = (p for pair in pairs for p in pair.params)
-            self._method_state = {p: {"flat_grad": g} for p, g in zip(params, first, strict=True)}
+        known = float(_tensors.norm(first, foreach=self.foreach)) > max(stored, 32 * summed) * float(norm)
+        flat = zip((p for pair in pairs for p in pair.params), first, strict=True)
+        self._method_state = {p: {"flat_grad": g} for p, g in flat} if known else {}
 
     def _reuse(self, norm: Tensor) -> None:
         """Add alpha (||g|| / ||g_v||) g_v to the gradients in ``.grad``; nothing where rho = 0."""

@@ -124,6 +124,6 @@ class GuardedOptimizer(OptimizerWrapper):
             return norm
         scaling = grad_scaler is not None and grad_scaler.is_enabled()
         if self.nonfinite == "raise" and not scaling:
-            bad = next((p for p in params if not p.grad.isfinite().all()), params[0])
-            raise FloatingPointError(f"the gradient of {self._describe(bad)} is not finite at {where}.")
+            bad = next((f"gradient of {self._describe(p)}" for p in params if not p.grad.isfinite().all()), None)
+            raise FloatingPointError(f"the {bad or 'global norm of the gradients'} is not finite at {where}.")
         return None

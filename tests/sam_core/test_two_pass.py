@@ -247,6 +247,15 @@ def test_nonfinite_gradient_leaves_weights_and_moments(build, method, bad, bad_p
     assert not torch.equal(before[0], next(model.parameters()))
 
 
+@pytest.mark.parametrize("method", ["sam"])
+@pytest.mark.parametrize("base", ["sgd"])
+def test_finite_gradients_whose_norm_overflows_are_named_as_such(build):
+    weight = nn.Parameter(torch.ones(100))
+    weight.grad = torch.full((100,), 1e38)
+    with pytest.raises(FloatingPointError, match=r"^the global norm of the gradients is not finite at w\.$"):
+        build([weight]).first_step()
+
+
 def test_nan_weights_are_not_left_behind(build):
     """Add and subtract would turn a NaN perturbation into NaN weights (regression: peers' defect 7)."""
     model = make_model()

@@ -155,7 +155,8 @@ class EfficientSAM(TwoPassOptimizer):
 
     def _update(self, norm: Tensor) -> None:
         super()._update(norm)
-        self._counters["num_steps"] += 1
+        if norm != 0:  # torch.distributed.checkpoint steps on zero gradients before it saves: it must not count
+            self._counters["num_steps"] += 1
 
 
 def _backward(losses: Tensor, grad_scaler: torch.amp.GradScaler | None) -> Tensor:

@@ -82,6 +82,9 @@ class LookSAM(TwoPassOptimizer):
         if self._ascent_grads:
             self._remember(norm)
             self._step_base(norm)
+        elif norm == 0:  # torch.distributed.checkpoint steps so before it saves: it must not count
+            self._step_base(norm)
+            return
         else:
             self._reuse(norm)
             self._step_base()

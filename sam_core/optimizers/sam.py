@@ -26,7 +26,7 @@ class SAM(TwoPassOptimizer):
         rho: radius of the neighbourhood, >= 0; in parameter units, relative if adaptive. 0 is the base optimizer.
         adaptive: measure the neighbourhood relative to the weights (Kwon et al. 2021).
         eta: added to |w| if adaptive, in parameter units, >= 0.
-        **kwargs: ``nonfinite``, ``max_grad_norm`` and ``foreach`` of :class:`TwoPassOptimizer`; the others go to
+        **kwargs: ``nonfinite``, ``max_grad_norm`` and ``foreach`` of :class:`GuardedOptimizer`; the others go to
             ``base_optimizer``.
 
     Raises:

@@ -212,3 +212,22 @@ def test_distributed_checkpoint_state_dict_round_trip():
     optimizer.step(make_closure(model))
     other.step(make_closure(other_model))
     assert_bitwise(copies(other_model), copies(model))
+
+
+@pytest.mark.parametrize("method", ["looksam", "efficientsam"])
+@pytest.mark.parametrize("num_steps", [0, 1, 2])
+def test_distributed_checkpoint_counts_no_step(method, num_steps):
+    """Of a base optimizer without state it takes a step on zero gradients before it saves: the schedule must rest."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    results = []
+    for saving in (False, True):
+        model = make_model()
+        optimizer = METHODS[method](model.parameters(), torch.optim.SGD, lr=0.1)
+        for step in range(4):
+            if saving and step == num_steps:
+                optimizer.zero_grad()
+                get_optimizer_state_dict(model, optimizer)
+            optimizer.step(make_closure(model, method=method))
+        results.append(copies(model))
+    assert_bitwise(results[1], results[0])

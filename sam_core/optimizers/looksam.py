@@ -21,9 +21,10 @@ class LookSAM(TwoPassOptimizer):
 
         g_v = g_s - (<g_s, g> / ||g||^2) g,  orthogonal to g;      then  g + alpha (||g|| / ||g_v||) g_v
 
-    A SAM step that is skipped is tried again. Parameters without a g_v step with g. Do not take the first pass under
-    ``no_sync``: g_v must be the same on all ranks. In the two-step form, where :meth:`should_apply_sam` says no,
-    ``step()`` with the gradients in ``.grad`` spares the second pass.
+    A SAM step that is skipped is tried again. Parameters without a g_v step with g, and all do where g_v is but
+    rounding, as with a single weight. Do not take the first pass under ``no_sync``: g_v must be the same on all ranks.
+    In the two-step form, where :meth:`should_apply_sam` says no, ``step()`` with the gradients in ``.grad`` spares the
+    second pass.
 
     Args:
         params: parameters, named parameters or parameter groups; a group may set rho and alpha of its own.

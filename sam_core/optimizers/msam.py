@@ -33,6 +33,7 @@ class MSAM(GuardedOptimizer):
     code for SGD takes it at the perturbed point. Evaluate and save within :meth:`at_weights`.
 
     Weights written from outside with torch's own means, e.g. by ``model.load_state_dict``, are taken for clean ones.
+    Torch does not count writes through ``.data``: outside the block they are lost, within it they stay.
 
     Args:
         params: parameters, named parameters or parameter groups; a group may set rho of its own.

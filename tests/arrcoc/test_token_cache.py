@@ -186,6 +186,7 @@ def test_a_damaged_entry_is_missing_and_can_be_written_again(tmp_path: Path, wha
 
 def write_some(folder: Path, start: int) -> None:
     """In a process of its own."""
+    torch.set_num_threads(1)  # the threads of the process that was forked are not here
     cache = filled(folder, range(start, start + 20))
     assert len(cache) >= 20
 
@@ -230,6 +231,7 @@ def peak_memory() -> int:
 
 def read_everything(folder: Path, model: RelevanceModel, num: int) -> None:
     """In a process of its own: its memory grows by far less than what it reads."""
+    torch.set_num_threads(1)  # the threads of the process that was forked are not here
     cache = TokenCache(folder, model)
     cache.tokens([key(0)] * 8).select(torch.arange(8))
     before = peak_memory()

@@ -151,6 +151,7 @@ def test_the_ranks_together_see_the_batches_of_one_process(tmp_path: Path, num_r
 
 def run_rank(rank: int, folder: Path) -> None:
     """One of two ranks, in a process of its own."""
+    torch.set_num_threads(1)  # the threads of the process that was forked are not here
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2)
     model = tiny_model()
     loader = encode_samples(model, samples(), cache=folder / "cache", batch_size=3, rank=rank, num_ranks=2)

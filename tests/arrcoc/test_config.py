@@ -103,7 +103,7 @@ def test_torch_optimizers_step_or_are_refused(base: str) -> None:
 
 def test_options_reach_the_augmentation_and_the_queries(tmp_path: object) -> None:
     loader = LoaderConfig(augment=True, augment_options={"flip": 0.0, "crop": [0.5, 1.0]}, templates=True)
-    augmentation, variants = loader.augmentation(), loader.query_variants()
+    augmentation, variants = loader.augmentation(), loader.query_variants(None)
     assert augmentation is not None and (augmentation.flip, augmentation.crop) == (0.0, (0.5, 1.0))
     assert variants is not None and "a photo of a cup" in variants.variants("cup")
     assert LoaderConfig().augmentation() is None and LoaderConfig().query_variants() is None

@@ -106,4 +106,4 @@ def test_options_reach_the_augmentation_and_the_queries(tmp_path: object) -> Non
     augmentation, variants = loader.augmentation(), loader.query_variants(None)
     assert augmentation is not None and (augmentation.flip, augmentation.crop) == (0.0, (0.5, 1.0))
     assert variants is not None and "a photo of a cup" in variants.variants("cup")
-    assert LoaderConfig().augmentation() is None and LoaderConfig().query_variants() is None
+    assert LoaderConfig().augmentation() is None and LoaderConfig().query_variants(None) is None

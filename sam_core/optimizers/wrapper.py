@@ -123,7 +123,7 @@ class OptimizerWrapper(Optimizer):
             pre_hook(self)
         saved = self.base_optimizer.state_dict()
         for group, packed in zip(self.param_groups, saved["param_groups"], strict=True):
-            packed.update(_prefixed(self._counters))
+            packed.update(_prefixed({"method": type(self).__name__, **self._counters}))
             for param, number in zip(group["params"], packed["params"], strict=True):
                 if param in self._method_state:
                     # A new dict: the one in there is the live one that the base optimizer steps with.
@@ -140,12 +140,19 @@ class OptimizerWrapper(Optimizer):
             state_dict: of an optimizer with the same groups.
 
         Raises:
-            ValueError: if the groups differ.
+            ValueError: if the groups differ, or it is of another method, whose state and weights mean something else.
         """
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
         groups = [_split(group) for group in state_dict["param_groups"]]
+        for _, own in groups:
+            method = own.pop("method", type(self).__name__)
+            if method != type(self).__name__:
+                raise ValueError(
+                    f"state_dict must be that of {type(self).__name__}, got that of {method}. To change the method, "
+                    f"take the moments alone: save {method}'s base_optimizer.state_dict(), at the clean weights."
+                )
         state = {number: _split(values) for number, values in state_dict["state"].items()}
         options = [{name: group[name] for name in self._method_defaults} for group in self.param_groups]
         self.base_optimizer.load_state_dict(

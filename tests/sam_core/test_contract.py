@@ -490,3 +490,19 @@ def test_which_methods_may_ascend_on_each_rank_alone():
     """Regression: peers' defect 18. Where the gradient at w enters the update or an average, ranks must share it."""
     local = {method for method in TWO_PASS if method_class(method).local_ascent}
     assert local == {"sam", "asam", "memoryefficientsam"}
+
+
+def test_the_state_of_another_method_is_refused_and_the_moments_alone_are_not(build, method):
+    """Regression: MSAM's weights, saved off their clean place, were loaded into SAM without a word."""
+    model = make_model()
+    optimizer = build(model)
+    optimizer.step(make_closure(model, method=method))
+    other = "sam" if method != "sam" else "msam"
+    stranger = METHODS[other](model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+    before = copy.deepcopy(stranger.state_dict())
+    mine, theirs = type(optimizer).__name__, type(stranger).__name__
+    with pytest.raises(ValueError, match=rf"^state_dict must be that of {theirs}, got that of {mine}\. To change"):
+        stranger.load_state_dict(optimizer.state_dict())
+    assert stranger.state_dict().keys() == before.keys() and not stranger.state
+    stranger.load_state_dict(optimizer.base_optimizer.state_dict())
+    assert len(stranger.state) == len(optimizer.state)

@@ -63,7 +63,8 @@ def test_a_turned_model_is_found_out() -> None:
 
 def test_precisions_are_those_of_scikit_learn() -> None:
     backbone = TinyBackbone()
-    faint = [dataclasses.replace(sample, image=torch.rand_like(sample.image)) for sample in SCENES]
+    seed = torch.Generator().manual_seed(0)  # with others, rounding to eight bits ties or parts two tokens
+    faint = [dataclasses.replace(sample, image=torch.rand(sample.image.shape, generator=seed)) for sample in SCENES]
     estimate = estimate_orientation(backbone, faint)
     expected = []
     for sample in faint:

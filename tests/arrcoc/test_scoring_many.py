@@ -124,11 +124,11 @@ def test_a_run_that_is_cut_goes_on_where_it_was(pictures: list[Path], tmp_path: 
     def cut(*arguments: Any) -> Any:
         calls.append(1)
         if len(calls) == 9:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("cut")
         return plain(*arguments)
 
     scorer.score_images = cut  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="cut"):
         run(pictures, tmp_path / "cut", scorer, format=format)
     done = contents(tmp_path / "cut")
     assert {name for name in done if name.startswith("part")} == {f"part-{n:05d}.{format}" for n in range(2)}
@@ -167,11 +167,11 @@ def test_a_cut_around_the_note_of_a_part(
             calls.append(1)
             if len(calls) == (2 if when == "before" else 3):
                 (tmp_path / "cut" / ".part-00002.x.jsonl").write_text("what a killed run was writing")
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt("cut")
             return plain(*arguments)
 
         patch.setattr(many.RunState, name, cut)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt, match="cut"):
             run(inputs, tmp_path / "cut", on_error="skip")
     assert (tmp_path / "cut" / "part-00001.jsonl").exists()
     assert (tmp_path / "cut" / "skipped.jsonl").exists() == (when == "after")

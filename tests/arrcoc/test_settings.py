@@ -117,14 +117,14 @@ def test_flags_are_the_fields() -> None:
     assert parse(*argv) == expected
     assert parse("--high", "none", "--no-on") == Outer()
     assert updated(Outer(), json.loads(json.dumps(to_dict(expected)))) == expected
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="2"):
         parse("--owner", "me")
 
 
 def test_help_is_the_documentation(capsys: pytest.CaptureFixture[str]) -> None:
     texts = {"rate": "how fast, over two lines; 5 % is usual.", "low": "limits.", "high": "limits."}
     assert texts.items() <= documentation(Inner).items()
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="0"):
         parse("--help")
     out = " ".join(capsys.readouterr().out.split())
     assert "--speed SPEED how fast, over two lines; 5 % is usual (default: 0.5)" in out

@@ -64,7 +64,7 @@ def test_mismatches_are_reported(tmp_path: Path) -> None:
 
 def test_damaged_and_edited_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "splits.json"
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"splits\.json"):
         read_splits(path)
     write_splits(path, Splits.of(NAMES[:50], SHARES))
     stored = json.loads(path.read_text())

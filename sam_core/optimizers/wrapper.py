@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 _PREFIX = "sam_core."  # of everything of ours in a state_dict, so that it cannot be mistaken for the base optimizer's
 
 
-class OptimizerWrapper(Optimizer):
+class OptimizerWrapper(Optimizer, ABC):
     """Base of all methods here: owns a base optimizer and adds the method's options and state to it.
 
     ``param_groups`` and ``state`` *are* those of ``base_optimizer``, so schedulers may be given either. What the method
@@ -61,6 +62,7 @@ class OptimizerWrapper(Optimizer):
         super().__init__(self.base_optimizer.param_groups, {**self.base_optimizer.defaults, **method_defaults})
         self.state = base_state
 
+    @abstractmethod
     def step(
         self,
         closure: Callable[..., Any] | None = None,
@@ -70,7 +72,6 @@ class OptimizerWrapper(Optimizer):
         ascent_context: Callable[[], AbstractContextManager[Any]] | AbstractContextManager[Any] | None = None,
     ) -> Any:
         """One whole step of the method; see its class."""
-        raise NotImplementedError
 
     @property
     def in_second_pass(self) -> bool:
@@ -85,9 +86,9 @@ class OptimizerWrapper(Optimizer):
         """
         yield
 
+    @abstractmethod
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise ValueError if the method's options in a parameter group are bad."""
-        raise NotImplementedError
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

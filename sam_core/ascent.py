@@ -75,7 +75,7 @@ class Move(NamedTuple):
 
     params: list[Tensor]
     directions: list[Tensor]
-    factor: float
+    factor: float | Tensor  # a tensor [] if the host is not to wait for it
 
 
 @torch.no_grad()
@@ -86,6 +86,7 @@ def find_moves(
     *,
     norm: Tensor | None = None,
     foreach: bool | None = None,
+    wait: bool = True,
 ) -> list[Move]:
     """The perturbation of :func:`compute_perturbation` in factors, T^2 g times rho / ||T g||: for T = 1, no copy of g.
 
@@ -95,6 +96,7 @@ def find_moves(
         params: for each group its parameters w.
         norm: ||g|| over all groups, if known: it spares a look at g where T = 1 in all of them.
         foreach: fuse the operations; None: where possible.
+        wait: wait for the norm; if False, factors are tensors and nothing here looks at a value, as graphs need it.
 
     Returns:
         One move a group; factor 0 where the whole gradient is zero.
@@ -105,14 +107,17 @@ def find_moves(
     ]
     together = [tensor for tensors in stretched for tensor in tensors]
     if norm is None or any(isinstance(rule, AdaptiveAscent) for rule in rules):
-        norm = _tensors.norm(together, foreach=foreach)
-    length = float(norm)
+        norm = _tensors.norm(together, foreach=foreach, wait=wait)
+    length = float(norm) if wait else norm
     # A subnormal length would make rho / length infinite in the tensors' dtype, and infinity times zero is NaN.
     dtypes = {tensor.dtype for tensor in together}
     limit = min((torch.finfo(torch.promote_types(dtype, torch.float32)).max for dtype in dtypes), default=0.0)
 
-    def factor(rule: L2Ascent) -> float:
-        size = min(rule.rho / length, limit) if length != 0 else 0.0
+    def factor(rule: L2Ascent) -> float | Tensor:
+        if isinstance(length, Tensor):
+            size: float | Tensor = (rule.rho / length).clamp(max=limit).where(length != 0, 0.0)
+        else:
+            size = min(rule.rho / length, limit) if length != 0 else 0.0
         return -size if rule.maximize else size
 
     return [

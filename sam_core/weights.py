@@ -19,14 +19,18 @@ _CACHE_BYTES = 2**22
 
 @torch.no_grad()
 def perturb(
-    params: Sequence[Tensor], perturbation: Sequence[Tensor], *, alpha: float = 1.0, foreach: bool | None = None
+    params: Sequence[Tensor],
+    perturbation: Sequence[Tensor],
+    *,
+    alpha: float | Tensor = 1.0,
+    foreach: bool | None = None,
 ) -> list[Tensor]:
     """Add the perturbation to the parameters in place: w <- w + alpha e.
 
     Args:
         params: tensors of any shape, device and dtype.
         perturbation: one tensor of the same shape for each parameter, in parameter units.
-        alpha: factor of the perturbation.
+        alpha: factor of the perturbation; as a tensor [] nothing here looks at its value.
         foreach: fuse the operations; None: where possible.
 
     Returns:
@@ -47,7 +51,9 @@ def perturb(
         if param.shape != move.shape:
             raise ValueError(f"perturbation {position} must have shape {list(param.shape)}, got {list(move.shape)}.")
     backup: list[Tensor] = []
-    for run in _runs(params):
+    # On a CPU run by run, as it fits into the cache, where the second look at a weight costs nothing.
+    in_cache = all(param.is_cpu for param in params)
+    for run in _tensors.chunks(params, _CACHE_BYTES) if in_cache else [slice(None)]:
         backup += _tensors.clone(params[run], foreach=foreach)
         _tensors.add_(params[run], perturbation[run], alpha=alpha, foreach=foreach)
     return backup
@@ -100,16 +106,3 @@ def perturbed(
         yield
     finally:
         restore(params, backup, foreach=foreach)
-
-
-def _runs(params: Sequence[Tensor]) -> Iterator[slice]:
-    """Parts of the list that fit into a processor's cache, where the second look at a weight costs nothing."""
-    if not all(param.is_cpu for param in params):
-        yield slice(None)
-        return
-    start, num_bytes = 0, 0
-    for position, param in enumerate(params, start=1):
-        num_bytes += param.numel() * param.element_size()
-        if num_bytes >= _CACHE_BYTES or position == len(params):
-            yield slice(start, position)
-            start, num_bytes = position, 0

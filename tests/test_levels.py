@@ -12,9 +12,10 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS: dict[str, dict[str, int]] = {
     "sam_core": {
         "_checks": 0,
-        "_tensors": 0,
-        "ascent": 1,
-        "weights": 1,
+        "_dtensors": 0,
+        "_tensors": 1,
+        "ascent": 2,
+        "weights": 2,
         "optimizers.wrapper": 1,
         "optimizers.guarded": 2,
         "optimizers.two_pass": 3,
@@ -35,7 +36,7 @@ LEVELS: dict[str, dict[str, int]] = {
         "training.loops": 5,
         "sharpness._loss": 1,
         "sharpness.hessian": 2,
-        "sharpness.neighborhood": 2,
+        "sharpness.neighborhood": 3,
         "sharpness.spectrum": 3,
     },
     "arrcoc": {

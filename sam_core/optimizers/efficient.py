@@ -106,7 +106,7 @@ class EfficientSAM(TwoPassOptimizer):
             raise ValueError("grads_ready must be False for EfficientSAM: it needs each sample's loss at w.")
         if closure is None:
             return super().step(None, grad_scaler=grad_scaler)
-        if not self._second_pass_is_due():
+        if not self.second_pass_is_due():
             losses = self._evaluate(lambda: _backward(_sample_losses(closure()), grad_scaler))
             self._descend("w", grad_scaler)
             return losses.mean()
@@ -114,7 +114,8 @@ class EfficientSAM(TwoPassOptimizer):
         drawn = self._draw()
         losses = self._evaluate(lambda: _differentiate(_sample_losses(closure()), grad_scaler, drawn), ascent_context)
         try:
-            self.first_step(zero_grad=True, grad_scaler=grad_scaler)
+            self._begin(grad_scaler, local=ascent_context is not None)
+            self.zero_grad()
             indices = self._select(closure, losses)
             chosen = closure if indices is None else partial(closure, indices)
             self._evaluate(lambda: _backward(_sample_losses(chosen()), grad_scaler))
@@ -126,7 +127,7 @@ class EfficientSAM(TwoPassOptimizer):
 
     def _draw(self) -> list[Tensor]:
         """The parameters that this step perturbs."""
-        params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        params = [p for group in self.param_groups if group["perturb"] for p in group["params"] if p.requires_grad]
         number = self._counters["seed"] * 0x9E3779B1 + self._counters["num_steps"]
         generator = torch.Generator().manual_seed(number % 2**32)  # it looks at 32 bits alone
         start = int(torch.randint(len(params), (), generator=generator)) if params else 0

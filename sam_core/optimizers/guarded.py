@@ -21,7 +21,9 @@ class GuardedOptimizer(OptimizerWrapper):
     """Base of all methods: what to do about bad gradients, loss scaling and clipping.
 
     Args:
-        params: parameters, named parameters or parameter groups; a group may hold the method's options (``rho``).
+        params: parameters, named parameters or parameter groups; a group may hold the method's options (``rho``), and
+            ``perturb``: with False it stays where it is, and the perturbation's norm does not run over it. (With
+            rho = 0 it stays as well, but counts in the norm, so that the others move less.)
         base_optimizer: class that makes the step, e.g. ``torch.optim.AdamW``.
         method_defaults: the method's own options, for groups that do not set them; ``rho`` is one.
         nonfinite: on a gradient with NaN or infinity, "raise" FloatingPointError with the parameter's name, or "skip"
@@ -51,7 +53,7 @@ class GuardedOptimizer(OptimizerWrapper):
         check_in("foreach", foreach, (None, True, False))
         if max_grad_norm is not None:
             check_positive("max_grad_norm", max_grad_norm)
-        super().__init__(params, base_optimizer, method_defaults, foreach=foreach, **kwargs)
+        super().__init__(params, base_optimizer, {**method_defaults, "perturb": True}, foreach=foreach, **kwargs)
         self.nonfinite = nonfinite
         self.max_grad_norm = max_grad_norm
         self._counters["num_skipped"] = 0
@@ -60,6 +62,15 @@ class GuardedOptimizer(OptimizerWrapper):
     def num_skipped(self) -> int:
         """Steps skipped because of a non-finite gradient."""
         return self._counters["num_skipped"]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As usual.
+
+        Raises:
+            ValueError: for a bad option.
+        """
+        check_in("perturb", param_group.get("perturb", True), (True, False))
+        super().add_param_group(param_group)
 
     def _update(self, norm: Tensor) -> None:
         """The descent rule: step with the gradients in ``.grad``, which are unscaled, finite and of this global norm.
@@ -71,7 +82,7 @@ class GuardedOptimizer(OptimizerWrapper):
     def _evaluate(self, closure: Callable[..., Any], context: Any = None) -> Any:
         """Call the closure on cleared gradients, within a context given as such or as a function that makes it."""
         self.zero_grad()
-        if not hasattr(context, "__enter__"):
+        if isinstance(context, type) or not hasattr(context, "__enter__"):
             context = nullcontext() if context is None else context()
         with context, torch.enable_grad():
             return closure()

@@ -76,8 +76,8 @@ class LookSAM(TwoPassOptimizer):
         super()._check_group(group)
         check_nonnegative("alpha", group["alpha"])
 
-    def _second_pass_is_due(self) -> bool:
-        return self.should_apply_sam() and super()._second_pass_is_due()
+    def second_pass_is_due(self) -> bool:
+        return self.should_apply_sam() and super().second_pass_is_due()
 
     def _update(self, norm: Tensor) -> None:
         if self._ascent_grads:

@@ -66,7 +66,11 @@ class MSAM(GuardedOptimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         L2Ascent(rho=group["rho"])
         options = {**self.base_optimizer.defaults, **group}
-        if group["rho"] > 0 and not (options.get("momentum", 0) > 0 or options.get("betas", (0,))[0] > 0):
+        if (
+            group["rho"] > 0
+            and group.get("perturb", True)
+            and not (options.get("momentum", 0) > 0 or options.get("betas", (0,))[0] > 0)
+        ):
             raise ValueError("base_optimizer must have a momentum, e.g. SGD with momentum=0.9, got none.")
 
     @torch.no_grad()
@@ -159,7 +163,11 @@ class MSAM(GuardedOptimizer):
         """rho v / ||v|| of the parameters that have a momentum yet; to be subtracted."""
         rules, momenta, params = [], [], []
         for group in self.param_groups:
-            known = {p: _momentum(self.state.get(p, {})) for p in group["params"]} if group["rho"] > 0 else {}
+            known = (
+                {p: _momentum(self.state.get(p, {})) for p in group["params"]}
+                if group["rho"] > 0 and group["perturb"]
+                else {}
+            )
             params.append([p for p, v in known.items() if v is not None])
             momenta.append([v for v in known.values() if v is not None])
             rules.append(L2Ascent(rho=group["rho"]))

@@ -1,18 +1,21 @@
 """The two-pass protocol: gradients at w, move to a perturbed point, gradients there, back to w exactly, base step.
 
 A method is its ascent rule (:meth:`TwoPassOptimizer._rule` or :meth:`TwoPassOptimizer._ascend`), its descent rule
-(:meth:`GuardedOptimizer._update`), its schedule (:meth:`TwoPassOptimizer._second_pass_is_due`) and its options. The
+(:meth:`GuardedOptimizer._update`), its schedule (:meth:`TwoPassOptimizer.second_pass_is_due`) and its options. The
 protocol does everything that goes wrong around them: restoring, saving, non-finite gradients, loss scaling, clipping.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from itertools import chain
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from sam_core import _tensors
 from sam_core.ascent import L2Ascent, Move, find_moves
@@ -26,6 +29,8 @@ class _Begun(NamedTuple):
     params: list[Tensor]  # those it moved
     backup: list[Tensor]  # their clean values
     skip: bool  # the gradients at w are not finite
+    hooks: list[RemovableHandle]  # that make the second gradient NaN as well: see _spoil
+    error: FloatingPointError | None  # to be raised by second_step, when the other ranks have heard of it
 
 
 class Pair(NamedTuple):
@@ -86,12 +91,12 @@ class TwoPassOptimizer(GuardedOptimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         self._rule(group)
 
-    def _second_pass_is_due(self) -> bool:
-        """The schedule: whether this step needs the gradient at a second point."""
+    def second_pass_is_due(self) -> bool:
+        """The schedule: whether the coming step needs a gradient at a second point."""
         return self._has_radius()
 
     def _has_radius(self) -> bool:
-        return any(group["rho"] != 0 for group in self.param_groups)
+        return any(group["rho"] != 0 and group["perturb"] for group in self.param_groups)
 
     # The protocol -----------------------------------------------------------------------------------------------------
 
@@ -110,21 +115,31 @@ class TwoPassOptimizer(GuardedOptimizer):
             ValueError: for a sparse gradient.
             FloatingPointError: for a non-finite gradient, if ``nonfinite="raise"``.
         """
+        self._begin(grad_scaler)
+        if zero_grad:
+            self.zero_grad()
+
+    def _begin(self, grad_scaler: torch.amp.GradScaler | None, *, local: bool = False) -> None:
+        """The first step; if its gradients are this rank's alone, an error waits until the others have heard of it."""
         if self._begun is not None:
             raise RuntimeError("first_step was called twice; call second_step, or restore() to give the step up.")
         self._check_gradients("w")
-        norm = self._finite_norm("w", grad_scaler)
-        self._begun = _Begun([], [], skip=norm is None)
+        norm, error = None, None
+        try:
+            norm = self._finite_norm("w", grad_scaler)
+        except FloatingPointError as bad:
+            if not local:
+                raise
+            error = bad
+        self._begun = _Begun([], [], norm is None, self._spoil() if norm is None else [], error)
         if norm is None and grad_scaler is not None:
             grad_scaler.unscale_(self.base_optimizer)  # so that its update() hears of the overflow
-        elif norm is not None and self._second_pass_is_due():
+        elif norm is not None and self.second_pass_is_due():
             try:
                 self._perturb(self._begun, norm, grad_scaler)
             except BaseException:
                 self.restore()
                 raise
-        if zero_grad:
-            self.zero_grad()
 
     def _perturb(self, begun: _Begun, norm: Tensor, grad_scaler: torch.amp.GradScaler | None) -> None:
         params = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
@@ -133,13 +148,30 @@ class TwoPassOptimizer(GuardedOptimizer):
             # Not with unscale_: a scaler refuses to do that twice for one optimizer, and .grad is the user's.
             factor = 1 / grad_scaler.get_scale()
             grads, norm = [_tensors.scale(g, factor, foreach=self.foreach) for g in grads], norm * factor
-        for move in self._ascend(params, grads, norm):
+        for move in self._ascend(*self._taking_part(params, grads, norm)):
             begun.backup.extend(perturb(move.params, move.directions, alpha=move.factor, foreach=self.foreach))
             begun.params.extend(move.params)
         if self._keeps_ascent_grads:
             pairs = ((p, g) for group in zip(params, grads, strict=True) for p, g in zip(*group, strict=True))
             self._ascent_grads = {p: g.clone() if g is p.grad else g for p, g in pairs}
         torch.clear_autocast_cache()  # of weights cast at w
+
+    def _taking_part(
+        self, params: list[list[Tensor]], grads: list[list[Tensor]], norm: Tensor
+    ) -> tuple[list[list[Tensor]], list[list[Tensor]], Tensor]:
+        """The same, groups with ``perturb=False`` emptied."""
+        perturbed = [group["perturb"] for group in self.param_groups]
+        if all(perturbed):
+            return params, grads, norm
+        params, grads = (
+            [xs if take else [] for xs, take in zip(lists, perturbed, strict=True)] for lists in (params, grads)
+        )
+        return params, grads, _tensors.norm([*chain.from_iterable(grads)], foreach=self.foreach)
+
+    def _spoil(self) -> list[RemovableHandle]:
+        """Let the second gradient be NaN: where ranks sum it, this one's bad first gradient makes all of them skip."""
+        params = (p for group in self.param_groups for p in group["params"] if p.requires_grad)
+        return [p.register_hook(lambda grad: grad * math.nan) for p in params]
 
     @torch.no_grad()
     def second_step(self, zero_grad: bool = False, *, grad_scaler: torch.amp.GradScaler | None = None) -> None:
@@ -156,8 +188,10 @@ class TwoPassOptimizer(GuardedOptimizer):
         """
         if self._begun is None:
             raise RuntimeError("second_step needs a first_step before it.")
-        skip, ascent_grads = self._begun.skip, self._ascent_grads
+        skip, error, ascent_grads = self._begun.skip, self._begun.error, self._ascent_grads
         self.restore()
+        if error is not None:
+            raise error
         self._ascent_grads = ascent_grads
         try:
             self._descend("w + perturbation", grad_scaler, skip=skip)
@@ -189,18 +223,22 @@ class TwoPassOptimizer(GuardedOptimizer):
 
         Args:
             closure: computes the loss, calls backward on it (on ``grad_scaler.scale(loss)``) and returns it, or
-                anything else. Gradients are cleared before each call. None is allowed where the perturbation is zero:
-                the gradients in ``.grad`` are all zero, or no second pass is due.
+                anything else. Gradients are cleared before each call. None after :meth:`first_step` is
+                :meth:`second_step`; else it is allowed where the perturbation is zero: the gradients in ``.grad`` are
+                all zero, or no second pass is due.
             grads_ready: the gradients at w are in ``.grad`` already; the closure runs once, at w + perturbation.
             grad_scaler: unscales the gradients of each pass; call its ``update()`` afterwards, not its ``step``.
-            ascent_context: context of the first pass, e.g. ``ddp_model.no_sync`` for methods with ``local_ascent``.
+            ascent_context: context of the first pass, e.g. ``ddp_model.no_sync``: each rank then looks for the worst
+                neighbour of its own batch. Entered by methods with ``local_ascent`` alone: the others step with that
+                gradient or remember it, so it must be the same on all ranks. A rank whose first gradient is not
+                finite makes the second one NaN, so that all ranks skip, or raise.
 
         Returns:
             What the closure returned at w; with ``grads_ready`` at w + perturbation. None if it did not run.
 
         Raises:
             ValueError: if a closure is needed and there is none, or for a sparse gradient.
-            RuntimeError: if the closure leaves no gradient.
+            RuntimeError: if the closure leaves no gradient, or one is given after first_step.
             FloatingPointError: for a non-finite gradient, if ``nonfinite="raise"``.
 
         Example:
@@ -215,7 +253,11 @@ class TwoPassOptimizer(GuardedOptimizer):
         """
         if grads_ready and ascent_context is not None:
             raise ValueError("ascent_context must be None with grads_ready=True: the first pass has been run already.")
-        due = self._second_pass_is_due()
+        if self._begun is not None:
+            if closure is not None:
+                raise RuntimeError("step after first_step takes no closure: its second pass has been run already.")
+            return self.second_step(grad_scaler=grad_scaler)
+        due = self.second_pass_is_due()
         if closure is None:
             if due and any(p.grad.any() for p in self._params_with_grad()):
                 raise ValueError(
@@ -225,12 +267,11 @@ class TwoPassOptimizer(GuardedOptimizer):
 
         loss = None
         if not grads_ready:
-            # A gradient that is stepped with is taken outside ascent_context: it must be synchronised.
-            loss = self._evaluate(closure, ascent_context if due else None)
+            loss = self._evaluate(closure, ascent_context if self._ascends_locally(ascent_context) else None)
         if not due and (self._has_radius() or not grads_ready):
             self._descend("w", grad_scaler)
             return loss
-        self.first_step(grad_scaler=grad_scaler)
+        self._begin(grad_scaler, local=self._ascends_locally(ascent_context))
         try:
             second_loss = self._evaluate(closure)
         except BaseException:
@@ -238,6 +279,10 @@ class TwoPassOptimizer(GuardedOptimizer):
             raise
         self.second_step(grad_scaler=grad_scaler)
         return second_loss if grads_ready else loss
+
+    def _ascends_locally(self, ascent_context: Any) -> bool:
+        # A gradient that is stepped with, or kept, is taken outside the context: it must be synchronised.
+        return ascent_context is not None and self.local_ascent and self.second_pass_is_due()
 
     @property
     def in_second_pass(self) -> bool:
@@ -250,6 +295,8 @@ class TwoPassOptimizer(GuardedOptimizer):
         return [Pair(ps, [self._ascent_grads[p] for p in ps], [p.grad for p in ps]) for ps in both]
 
     def _forget(self) -> None:
+        for hook in self._begun.hooks if self._begun is not None else ():
+            hook.remove()
         self._begun = None
         self._ascent_grads = {}
 

@@ -78,6 +78,10 @@ class OptimizerWrapper(Optimizer, ABC):
         """Whether a step is begun: a closure called now runs at w + perturbation, and BatchNorm must not count it."""
         return False
 
+    def second_pass_is_due(self) -> bool:
+        """Whether the coming step needs a gradient at a second point; loops that run the passes themselves ask."""
+        return False
+
     @contextmanager
     def at_weights(self) -> Iterator[None]:
         """Within the block the parameters are the clean weights w, for evaluation and saving.

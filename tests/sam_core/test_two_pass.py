@@ -10,7 +10,17 @@ import pytest
 import torch
 from torch import nn
 
-from sam_cases import BASES, METHODS, TWO_PASS, assert_bitwise, copies, make_batch, make_closure, make_model
+from sam_cases import (
+    BASES,
+    METHODS,
+    TWO_PASS,
+    assert_bitwise,
+    copies,
+    make_batch,
+    make_closure,
+    make_model,
+    method_class,
+)
 from sam_core.ascent import Move
 
 
@@ -76,7 +86,8 @@ def test_grads_ready_returns_the_loss_at_the_perturbed_point(build):
 
 
 @pytest.mark.parametrize("given", ["function", "context"])
-def test_ascent_context_surrounds_the_first_pass_alone(build, given):
+def test_ascent_context_surrounds_the_first_pass_of_local_ascent_alone(build, given):
+    """The others step with that gradient, or remember it: it must be synchronised."""
     model = make_model()
     optimizer, closure, events = build(model), make_closure(model), []
 
@@ -91,7 +102,7 @@ def test_ascent_context_surrounds_the_first_pass_alone(build, given):
         return closure()
 
     optimizer.step(recording, ascent_context=context if given == "function" else context())
-    assert events == ["enter", "closure", "exit", "closure"]
+    assert events == (["enter", "closure", "exit", "closure"] if optimizer.local_ascent else ["closure", "closure"])
 
 
 def test_ascent_context_is_not_entered_where_the_gradient_is_stepped_with(build):
@@ -449,3 +460,113 @@ def test_ascent_context_with_grads_ready(build):
     model = make_model()
     with pytest.raises(ValueError, match=r"^ascent_context must be None with grads_ready=True: "):
         build(model).step(make_closure(model), grads_ready=True, ascent_context=contextlib.nullcontext)
+
+
+# Other people's loops -------------------------------------------------------------------------------------------------
+
+
+def test_step_without_a_closure_ends_a_step_begun(build):
+    models = [make_model(), make_model()]
+    for model in models:
+        optimizer, closure = build(model), make_closure(model)
+        for _ in range(3):
+            optimizer.zero_grad()
+            closure()
+            optimizer.first_step(zero_grad=True)
+            assert optimizer.in_second_pass
+            closure()
+            assert (optimizer.step() if model is models[0] else optimizer.second_step()) is None
+            assert not optimizer.in_second_pass
+    assert_bitwise(copies(models[0]), copies(models[1]))
+
+
+def test_step_after_first_step_refuses_a_closure(build):
+    model = make_model()
+    optimizer, closure = build(model), make_closure(model)
+    closure()
+    optimizer.first_step()
+    with pytest.raises(RuntimeError, match=r"^step after first_step takes no closure: "):
+        optimizer.step(closure)
+
+
+def test_it_says_whether_a_second_pass_is_due(build, method):
+    model = make_model()
+    optimizer, closure, calls = build(model), make_closure(model), []
+    for _ in range(4):
+        due = optimizer.second_pass_is_due()
+        calls.clear()
+        optimizer.step(lambda: (calls.append(1), closure())[1])
+        assert len(calls) == 1 + due
+    assert not build(make_model(), rho=0.0).second_pass_is_due()
+
+
+def test_a_bad_first_gradient_makes_the_second_one_bad_for_other_ranks_to_see(build):
+    model = make_model()
+    optimizer, closure = build(model, nonfinite="skip"), make_closure(model)
+    before = copies(model)
+    closure()
+    model[2].weight.grad[1, 2] = torch.inf
+    optimizer.first_step(zero_grad=True)
+    closure()
+    assert all(p.grad.isnan().all() for p in model.parameters())
+    optimizer.second_step(zero_grad=True)
+    assert optimizer.num_skipped == 1
+    assert_bitwise(copies(model), before)
+    closure()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", [name for name in TWO_PASS if method_class(name).local_ascent], indirect=True)
+def test_a_bad_first_gradient_of_one_rank_raises_after_the_second_pass(build):
+    """So that the ranks that wait for its second gradient hear of it."""
+    model = make_model()
+    optimizer, closure, calls = build(model), make_closure(model), []
+    before = copies(model)
+
+    def spoiled():
+        loss = closure()
+        calls.append([p.grad.isnan().all().item() for p in model.parameters()])
+        if len(calls) == 1:
+            model[2].weight.grad[1, 2] = torch.inf
+        return loss
+
+    with pytest.raises(FloatingPointError, match=r"^the gradient of parameter 2 .* is not finite at w\.$"):
+        optimizer.step(spoiled, ascent_context=contextlib.nullcontext)
+    assert calls == [[False] * 4, [True] * 4]
+    assert not optimizer.in_second_pass
+    assert_bitwise(copies(model), before)
+
+
+# Part of the weights --------------------------------------------------------------------------------------------------
+
+
+def test_a_group_that_is_not_perturbed_stays_and_does_not_count_in_the_norm(build, method):
+    model, alone = make_model(), make_model()
+    groups = [{"params": model[0].parameters(), "perturb": False}, {"params": model[2].parameters()}]
+    optimizer, reference = build(groups), build(alone[2].parameters())
+    make_closure(model)()
+    make_closure(alone)()
+    optimizer.first_step()
+    reference.first_step()
+    assert_bitwise(copies(model[0]), copies(make_model()[0]))
+    assert_bitwise(copies(model[2]), copies(alone[2]))
+    assert not torch.equal(model[2].weight, make_model()[2].weight)
+
+
+def test_without_a_perturbed_group_it_is_the_base_optimizer(build, base):
+    model, plain = make_model(), make_model()
+    optimizer = build([{"params": model.parameters(), "perturb": False}])
+    base_optimizer = BASES[base][0](plain.parameters(), **BASES[base][1])
+    assert not optimizer.second_pass_is_due()
+    for _ in range(3):
+        optimizer.step(make_closure(model))
+        base_optimizer.zero_grad()
+        make_closure(plain)()
+        base_optimizer.step()
+    assert_bitwise(copies(model), copies(plain))
+
+
+@pytest.mark.parametrize("bad", ["yes", None, 2])
+def test_perturb_must_be_a_truth_value(build, bad):
+    with pytest.raises(ValueError, match=r"^perturb must be one of True, False, got "):
+        build([{"params": make_model().parameters(), "perturb": bad}])

@@ -1,7 +1,7 @@
 """Arithmetic on lists of tensors: fused (foreach) where possible, grouped by device and dtype.
 
-``foreach``: None fuses plain tensors and loops over subclasses, True always fuses, False always loops. DTensors count as
-what this rank holds of them; norm and dot are of the whole, so all ranks must call them together.
+``foreach``: None fuses plain tensors and loops over subclasses, True always fuses, False always loops. A DTensor counts
+as what this rank holds of it; norm and dot are of the whole, so that all ranks must call them together.
 """
 
 from __future__ import annotations

@@ -96,12 +96,12 @@ class MSAM(GuardedOptimizer):
             What the closure returned, at w - rho v / ||v||; None if it did not run.
 
         Raises:
-            RuntimeError: within :meth:`at_weights`, or if there is no gradient.
+            RuntimeError: within :meth:`at_weights`, after :meth:`eval`, or if there is no gradient.
             ValueError: for a sparse gradient.
             FloatingPointError: for a non-finite gradient, if ``nonfinite="raise"``.
         """
         if self._inside:
-            raise RuntimeError("step must be called outside at_weights(): gradients belong to the moved weights.")
+            raise RuntimeError("step must be called outside at_weights(), after train(): gradients belong there.")
         self._adopt()
         loss = None if closure is None or grads_ready else self._evaluate(closure)
         self._descend("w - rho v / ||v||", grad_scaler)
@@ -117,12 +117,25 @@ class MSAM(GuardedOptimizer):
         if self._inside:
             yield
             return
-        self._adopt()
-        self._move_back()
-        self._inside = True
+        self.eval()
         try:
             yield
         finally:
+            self.train()
+
+    def eval(self) -> None:
+        """Go to the clean weights until :meth:`train`: :meth:`at_weights` for loops that are not a block.
+
+        Hugging Face's Trainer and accelerate call the two of any optimizer that has them.
+        """
+        if not self._inside:
+            self._adopt()
+            self._move_back()
+            self._inside = True
+
+    def train(self) -> None:
+        """Move out again, if :meth:`eval` was called; the coming gradient belongs there."""
+        if self._inside:
             self._inside = False
             self._move_out()
 

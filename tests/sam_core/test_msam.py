@@ -63,7 +63,7 @@ def test_at_weights_gives_w_and_goes_back(base):
         with optimizer.at_weights():
             assert_bitwise(copies(model), clean)
         assert_bitwise(copies(model), clean)
-        with pytest.raises(RuntimeError, match=r"^step must be called outside at_weights\(\): gradients belong to"):
+        with pytest.raises(RuntimeError, match=r"^step must be called outside at_weights\(\), after train\(\)"):
             optimizer.step(make_closure(model))
     assert_bitwise(copies(model), moved)
     with pytest.raises(KeyError), optimizer.at_weights():
@@ -210,3 +210,24 @@ def test_a_momentum_is_needed(options):
         MSAM(make_model().parameters(), kind, lr=0.1, **options)
     model = make_model()
     MSAM(model.parameters(), kind, rho=0.0, lr=0.1, **options).step(make_closure(model))  # the base optimizer
+
+
+def test_eval_and_train_are_the_block_for_loops_that_are_not_one(base):
+    """What Hugging Face's Trainer and accelerate call; again is the same as once."""
+    model = make_model()
+    optimizer = make(model, base)
+    train(model, optimizer, 3)
+    moved = copies(model)
+    with optimizer.at_weights():
+        clean = copies(model)
+    for _ in range(2):
+        optimizer.eval()
+        assert_bitwise(copies(model), clean)
+    with optimizer.at_weights():
+        assert_bitwise(copies(model), clean)
+    assert_bitwise(copies(model), clean)
+    with pytest.raises(RuntimeError, match=r"^step must be called outside at_weights\(\), after train\(\)"):
+        optimizer.step()
+    for _ in range(2):
+        optimizer.train()
+        assert_bitwise(copies(model), moved)

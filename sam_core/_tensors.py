@@ -141,11 +141,11 @@ def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     """Sum of Re(conj(x) y) over all entries of all tensors; products in float32 for half types."""
     if not left:
         return 0.0
+    if _all_plain(left, right):
+        return float(_dot(left, right))
     right = [_dtensors.align(y, x) for x, y in zip(left, right, strict=True)]
-    totals = [
-        xs.add(_dot(wide(xs.tensors), wide(ys.tensors))) for xs, ys in zip(_shares(left), _shares(right), strict=True)
-    ]
-    return sum(map(float, totals))
+    shares = zip(_dtensors.split(left), _dtensors.split(right), strict=True)
+    return sum(float(xs.add(_dot(xs.tensors, ys.tensors))) for xs, ys in shares)
 
 
 def version(tensor: Tensor) -> int:
@@ -163,11 +163,11 @@ def chunks(tensors: Sequence[Tensor], num_bytes: int) -> Iterator[slice]:
             start, size = position, 0
 
 
-def _dot(left: list[Tensor], right: list[Tensor]) -> Tensor:
+def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     # No fused form exists; torch.vdot makes no temporary, but knows plain vectors alone.
     parts = [
         (torch.vdot(x.reshape(-1), y.reshape(-1)) if _plain(x) and _plain(y) else (x.conj() * y).sum()).real
-        for x, y in zip(left, right, strict=True)
+        for x, y in zip(wide(left), wide(right), strict=True)
     ]
     return torch.stack([part.to(parts[0].device, torch.float64) for part in parts]).sum()
 
@@ -180,13 +180,17 @@ def _plain(tensor: Tensor) -> bool:
     return type(tensor) in _PLAIN
 
 
+def _all_plain(*lists: Sequence[Tensor]) -> bool:
+    return _PLAIN.issuperset(map(type, chain.from_iterable(lists)))
+
+
 def _like(factor: float | Tensor, tensor: Tensor) -> Any:
     """A factor that the fused forms take at once."""
     return factor.to(tensor.device, tensor.dtype) if isinstance(factor, Tensor) else factor
 
 
 def _shares(tensors: Sequence[Tensor]) -> list[_dtensors.Share]:
-    return [_dtensors.Share(list(tensors))] if all(map(_plain, tensors)) else _dtensors.split(tensors)
+    return [_dtensors.Share(list(tensors))] if _all_plain(tensors) else _dtensors.split(tensors)
 
 
 def _total(shares: list[_dtensors.Share], order: float, device: torch.device, foreach: bool | None) -> Tensor:
@@ -223,7 +227,7 @@ def _apply(
     foreach: bool | None,
 ) -> list[Tensor]:
     """Run the fused operation once a (device, dtype) group, or the single one once a tensor; results in input order."""
-    plain = set(map(type, chain.from_iterable(lists))) <= _PLAIN
+    plain = _all_plain(*lists)
     if not plain and any(map(_dtensors.is_dtensor, chain.from_iterable(lists))):
         return _dtensors.apply(lambda *local: _apply(fused, single, local, foreach=foreach), single, lists)
     if not (plain if foreach is None else foreach):

@@ -34,6 +34,8 @@ LEVELS: dict[str, dict[str, int]] = {
         "training.checkpointing": 1,
         "training.accumulation": 2,
         "training.loops": 5,
+        "integrations.lightning": 5,
+        "integrations.hugging_face": 5,
         "sharpness._loss": 1,
         "sharpness.hessian": 2,
         "sharpness.neighborhood": 3,
@@ -134,7 +136,22 @@ LEVELS: dict[str, dict[str, int]] = {
         "training.run": 12,
     },
 }
-TABLES_OF_CONTENTS = {"", "data", "model", "training", "evaluation", "scoring", "optimizers", "sharpness"}
+#: Modules of sam_core that only their users import, and what those need beside torch.
+ALSO_NEEDS: dict[str, set[str]] = {
+    "integrations.lightning": {"lightning"},
+    "integrations.hugging_face": {"transformers"},
+}
+TABLES_OF_CONTENTS = {
+    "",
+    "data",
+    "model",
+    "training",
+    "evaluation",
+    "scoring",
+    "optimizers",
+    "sharpness",
+    "integrations",
+}
 
 
 def modules(package: str) -> dict[str, Path]:
@@ -192,9 +209,10 @@ def test_imports_go_downward(package: str) -> None:
 
 
 def test_sam_core_knows_torch_alone() -> None:
-    allowed = {"torch", "sam_core"}
     standard = __import__("sys").stdlib_module_names
-    for path in modules("sam_core").values():
+    for name, path in modules("sam_core").items():
+        allowed = {"torch", "sam_core"} | ALSO_NEEDS.get(name, set())
         for imported in imports(path):
             top = imported.split(".")[0]
             assert top in allowed or top in standard, f"{path.name} imports {top}"
+            assert not imported.startswith("sam_core.integrations"), f"{name} imports {imported}"

@@ -1,0 +1,1 @@
+"""Other people's trainers; each module needs its trainer, and nothing else in sam_core imports it."""

@@ -36,6 +36,11 @@ LEVELS: dict[str, dict[str, int]] = {
         "training.loops": 5,
         "integrations.lightning": 5,
         "integrations.hugging_face": 5,
+        "tuning.schedule": 5,
+        "tuning.layers": 1,
+        "tuning.plot": 0,
+        "tuning.results": 1,
+        "tuning.sweep": 2,
         "sharpness._loss": 1,
         "sharpness.hessian": 2,
         "sharpness.neighborhood": 3,
@@ -140,6 +145,7 @@ LEVELS: dict[str, dict[str, int]] = {
 ALSO_NEEDS: dict[str, set[str]] = {
     "integrations.lightning": {"lightning"},
     "integrations.hugging_face": {"transformers"},
+    "tuning.plot": {"matplotlib"},  # imported by the function that draws
 }
 TABLES_OF_CONTENTS = {
     "",
@@ -151,6 +157,7 @@ TABLES_OF_CONTENTS = {
     "optimizers",
     "sharpness",
     "integrations",
+    "tuning",
 }
 
 

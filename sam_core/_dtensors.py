@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 from torch import Tensor
+from torch.nn import Parameter
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.tensor import DTensor
+
+
+_PLAIN = {Tensor, Parameter}
 
 
 class Share(NamedTuple):
@@ -47,6 +52,11 @@ class Share(NamedTuple):
             value = value.to(self.device_type) if value.device.type != self.device_type else value.clone()
             dist.all_reduce(value, op, group=group)
         return value.to(device)
+
+
+def all_plain(*lists: Iterable[Tensor]) -> bool:
+    """Whether all tensors are torch's own, no subclass's: the quick answer, almost always."""
+    return _PLAIN.issuperset(map(type, chain.from_iterable(lists)))
 
 
 def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:

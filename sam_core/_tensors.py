@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from sam_core import _dtensors
+from sam_core._dtensors import all_plain
 
 _HALF_TYPES = (torch.float16, torch.bfloat16)
-_PLAIN = {Tensor, torch.nn.Parameter}
 _CHUNK_BYTES = 2**26  # of a copy that lives for a moment
 
 
@@ -141,16 +141,11 @@ def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     """Sum of Re(conj(x) y) over all entries of all tensors; products in float32 for half types."""
     if not left:
         return 0.0
-    if _all_plain(left, right):
+    if all_plain(left, right):
         return float(_dot(left, right))
     right = [_dtensors.align(y, x) for x, y in zip(left, right, strict=True)]
     shares = zip(_dtensors.split(left), _dtensors.split(right), strict=True)
     return sum(float(xs.add(_dot(xs.tensors, ys.tensors))) for xs, ys in shares)
-
-
-def version(tensor: Tensor) -> int:
-    """Torch's count of writes to a tensor; of a DTensor, also of those to what this rank holds of it."""
-    return tensor._version + (tensor.to_local()._version if _dtensors.is_dtensor(tensor) else 0)
 
 
 def chunks(tensors: Sequence[Tensor], num_bytes: int) -> Iterator[slice]:
@@ -165,8 +160,9 @@ def chunks(tensors: Sequence[Tensor], num_bytes: int) -> Iterator[slice]:
 
 def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     # No fused form exists; torch.vdot makes no temporary, but knows plain vectors alone.
+    plain = all_plain(left, right)
     parts = [
-        (torch.vdot(x.reshape(-1), y.reshape(-1)) if _plain(x) and _plain(y) else (x.conj() * y).sum()).real
+        (torch.vdot(x.reshape(-1), y.reshape(-1)) if plain else (x.conj() * y).sum()).real
         for x, y in zip(wide(left), wide(right), strict=True)
     ]
     return torch.stack([part.to(parts[0].device, torch.float64) for part in parts]).sum()
@@ -176,21 +172,13 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in _HALF_TYPES else tensor
 
 
-def _plain(tensor: Tensor) -> bool:
-    return type(tensor) in _PLAIN
-
-
-def _all_plain(*lists: Sequence[Tensor]) -> bool:
-    return _PLAIN.issuperset(map(type, chain.from_iterable(lists)))
-
-
 def _like(factor: float | Tensor, tensor: Tensor) -> Any:
     """A factor that the fused forms take at once."""
     return factor.to(tensor.device, tensor.dtype) if isinstance(factor, Tensor) else factor
 
 
 def _shares(tensors: Sequence[Tensor]) -> list[_dtensors.Share]:
-    return [_dtensors.Share(list(tensors))] if _all_plain(tensors) else _dtensors.split(tensors)
+    return [_dtensors.Share(list(tensors))] if all_plain(tensors) else _dtensors.split(tensors)
 
 
 def _total(shares: list[_dtensors.Share], order: float, device: torch.device, foreach: bool | None) -> Tensor:
@@ -227,7 +215,7 @@ def _apply(
     foreach: bool | None,
 ) -> list[Tensor]:
     """Run the fused operation once a (device, dtype) group, or the single one once a tensor; results in input order."""
-    plain = _all_plain(*lists)
+    plain = all_plain(*lists)
     if not plain and any(map(_dtensors.is_dtensor, chain.from_iterable(lists))):
         return _dtensors.apply(lambda *local: _apply(fused, single, local, foreach=foreach), single, lists)
     if not (plain if foreach is None else foreach):

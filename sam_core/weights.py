@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sam_core import _tensors
+from sam_core._gathered import forget_gathered
 
 _CACHE_BYTES = 2**22
 
@@ -50,6 +51,7 @@ def perturb(
     for position, (param, move) in enumerate(zip(params, perturbation, strict=True)):
         if param.shape != move.shape:
             raise ValueError(f"perturbation {position} must have shape {list(param.shape)}, got {list(move.shape)}.")
+    forget_gathered(params)
     backup: list[Tensor] = []
     # On a CPU run by run, as it fits into the cache, where the second look at a weight costs nothing.
     in_cache = all(param.is_cpu for param in params)
@@ -75,6 +77,7 @@ def restore(params: Sequence[Tensor], backup: Sequence[Tensor], *, foreach: bool
         >>> w
         tensor([0.1000, 0.2000])
     """
+    forget_gathered(params)
     _tensors.copy_(params, backup, foreach=foreach)
 
 

@@ -13,6 +13,7 @@ LEVELS: dict[str, dict[str, int]] = {
     "sam_core": {
         "_checks": 0,
         "_dtensors": 0,
+        "_gathered": 1,
         "_tensors": 1,
         "ascent": 2,
         "weights": 2,

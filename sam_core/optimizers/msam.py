@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sam_core import _tensors
+from sam_core._gathered import forget_gathered
 from sam_core.ascent import L2Ascent, Move, find_moves
 from sam_core.optimizers.guarded import GuardedOptimizer
 
@@ -191,6 +192,7 @@ class MSAM(GuardedOptimizer):
         moves = self._moves()
         old, self._moved = self._moved, {}
         for move in moves:
+            forget_gathered(move.params)
             weights = [old[p].weight if p in old else torch.empty_like(p) for p in move.params]
             _tensors.copy_(weights, move.params, foreach=self.foreach)
             _tensors.add_(move.params, move.directions, alpha=-move.factor, foreach=self.foreach)
@@ -201,6 +203,7 @@ class MSAM(GuardedOptimizer):
     @torch.no_grad()
     def _move_back(self) -> None:
         weights = [moved.weight for moved in self._moved.values()]
+        forget_gathered(self._moved)
         _tensors.copy_(list(self._moved), weights, foreach=self.foreach)
         torch.clear_autocast_cache()
 
@@ -208,6 +211,8 @@ class MSAM(GuardedOptimizer):
     def _adopt(self) -> None:
         """Take parameters that were written from outside for clean weights and move them out, unless they are out."""
         written = [] if self._inside else [p for p, moved in self._moved.items() if p._version != moved.version]
+        if written:
+            forget_gathered(written)
         for param in written:
             weight, factor, _ = self._moved[param]
             momentum = _momentum(self.state[param])

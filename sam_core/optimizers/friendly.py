@@ -73,4 +73,4 @@ class FriendlySAM(AveragedAscent):
             )
             self._average(group_params, group_grads, group["lmbda"])
         rules = [self._rule(group) for group in self.param_groups]
-        return find_moves(rules, directions, params, foreach=self.foreach)
+        return find_moves(rules, directions, params, foreach=self.foreach, wait=self._waits)

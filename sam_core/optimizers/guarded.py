@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
 from sam_core import _tensors
@@ -28,7 +27,10 @@ class GuardedOptimizer(OptimizerWrapper):
         method_defaults: the method's own options, for groups that do not set them; ``rho`` is one.
         nonfinite: on a gradient with NaN or infinity, "raise" FloatingPointError with the parameter's name, or "skip"
             the step and count it in ``num_skipped``. Weights and moments stay as they were in both cases. With an
-            enabled ``grad_scaler`` such steps are always skipped: its search for a scale produces them.
+            enabled ``grad_scaler`` such steps are always skipped: its search for a scale produces them. "ignore" looks
+            at no value and steps with it, so that the host need not wait for the device and a whole step fits into a
+            CUDA graph or a compiled one; :class:`LookSAM`, :class:`GSAM`, :class:`EfficientSAM` and :class:`MSAM` look
+            at values of their own.
         max_grad_norm: largest global norm of the gradients that the base optimizer steps with, > 0; None: no limit.
             The perturbation does not depend on it.
         foreach: fuse operations over tensors; None: where possible. The base optimizer gets it too, if it takes it.
@@ -49,7 +51,7 @@ class GuardedOptimizer(OptimizerWrapper):
         foreach: bool | None = None,
         **kwargs: Any,
     ) -> None:
-        check_in("nonfinite", nonfinite, ("raise", "skip"))
+        check_in("nonfinite", nonfinite, ("raise", "skip", "ignore"))
         check_in("foreach", foreach, (None, True, False))
         if max_grad_norm is not None:
             check_positive("max_grad_norm", max_grad_norm)
@@ -57,6 +59,11 @@ class GuardedOptimizer(OptimizerWrapper):
         self.nonfinite = nonfinite
         self.max_grad_norm = max_grad_norm
         self._counters["num_skipped"] = 0
+
+    @property
+    def _waits(self) -> bool:
+        """Whether values may be looked at, for which the host waits until the device has them."""
+        return self.nonfinite != "ignore"
 
     @property
     def num_skipped(self) -> int:
@@ -111,8 +118,10 @@ class GuardedOptimizer(OptimizerWrapper):
         if self.max_grad_norm is not None:
             params = self._params_with_grad()
             if norm is None:
-                norm = _tensors.norm([p.grad for p in params], foreach=self.foreach)
-            clip_grads_with_norm_(params, self.max_grad_norm, norm, foreach=self.foreach)
+                norm = _tensors.norm([p.grad for p in params], foreach=self.foreach, wait=self._waits)
+            # As torch.nn.utils.clip_grads_with_norm_, which refuses DTensors beside plain tensors.
+            factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+            _tensors.scale_([p.grad for p in params], factor, foreach=self.foreach)
 
     def _check_gradients(self, where: str) -> None:
         """Refuse a step without gradients and gradients that are not dense."""
@@ -129,11 +138,12 @@ class GuardedOptimizer(OptimizerWrapper):
     def _finite_norm(self, where: str, grad_scaler: torch.amp.GradScaler | None) -> Tensor | None:
         """Global norm of the gradients in ``.grad``; None if they are not finite and the step is to be skipped."""
         params = self._params_with_grad()
-        # One bad entry makes the norm bad: one number to wait for, not one a parameter.
-        norm = _tensors.norm([p.grad for p in params], foreach=self.foreach)
-        if math.isfinite(norm):
-            return norm
         scaling = grad_scaler is not None and grad_scaler.is_enabled()
+        wait = self._waits or scaling
+        # One bad entry makes the norm bad: one number to wait for, not one a parameter.
+        norm = _tensors.norm([p.grad for p in params], foreach=self.foreach, wait=wait)
+        if not wait or math.isfinite(norm):
+            return norm
         if self.nonfinite == "raise" and not scaling:
             bad = next((f"gradient of {self._describe(p)}" for p in params if not p.grad.isfinite().all()), None)
             raise FloatingPointError(f"the {bad or 'global norm of the gradients'} is not finite at {where}.")

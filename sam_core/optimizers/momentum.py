@@ -59,4 +59,5 @@ class MomentumSAM(AveragedAscent):
     def _ascend(self, params: list[list[Tensor]], grads: list[list[Tensor]], norm: Tensor) -> list[Move]:
         groups = zip(self.param_groups, params, grads, strict=True)
         averages = [self._average(ps, gs, group["perturbation_momentum"]) for group, ps, gs in groups]
-        return find_moves([self._rule(group) for group in self.param_groups], averages, params, foreach=self.foreach)
+        rules = [self._rule(group) for group in self.param_groups]
+        return find_moves(rules, averages, params, foreach=self.foreach, wait=self._waits)

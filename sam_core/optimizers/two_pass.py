@@ -86,7 +86,7 @@ class TwoPassOptimizer(GuardedOptimizer):
             norm: global norm of the gradients.
         """
         rules = [self._rule(group) for group in self.param_groups]
-        return find_moves(rules, grads, params, norm=norm, foreach=self.foreach)
+        return find_moves(rules, grads, params, norm=norm, foreach=self.foreach, wait=self._waits)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         self._rule(group)
@@ -166,7 +166,7 @@ class TwoPassOptimizer(GuardedOptimizer):
         params, grads = (
             [xs if take else [] for xs, take in zip(lists, perturbed, strict=True)] for lists in (params, grads)
         )
-        return params, grads, _tensors.norm([*chain.from_iterable(grads)], foreach=self.foreach)
+        return params, grads, _tensors.norm([*chain.from_iterable(grads)], foreach=self.foreach, wait=self._waits)
 
     def _spoil(self) -> list[RemovableHandle]:
         """Let the second gradient be NaN: where ranks sum it, this one's bad first gradient makes all of them skip."""

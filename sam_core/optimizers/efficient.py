@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sam_core._checks import check_count, check_finite
+from sam_core._dtensors import is_dtensor
 from sam_core.ascent import Move, find_moves
 from sam_core.optimizers.two_pass import TwoPassOptimizer
 
@@ -28,8 +29,9 @@ class EfficientSAM(TwoPassOptimizer):
     3. Forward and backward at w + e on these; the base optimizer steps all parameters.
 
     With forward, input and weight gradient one unit each, that is (2 + perturbation_ratio) + 1 + 3 sample_ratio units
-    to SAM's 6. Here ||e|| = rho: the worst neighbour within the drawn subspace. The paper divides e by the ratio, which
-    in the authors' code gives rho / perturbation_ratio. Their code drops one sample or more at the threshold; here
+    to SAM's 6; under FSDP2 the first backward is a whole one. With several ranks each keeps a share of its own samples.
+    Here ||e|| = rho: the worst neighbour within the drawn subspace. The paper divides e by the ratio, which in the
+    authors' code gives rho / perturbation_ratio. Their code drops one sample or more at the threshold; here
     max(1, ceil(sample_ratio B)) are kept.
 
     Args:
@@ -112,7 +114,9 @@ class EfficientSAM(TwoPassOptimizer):
             return losses.mean()
 
         drawn = self._draw()
-        losses = self._evaluate(lambda: _differentiate(_sample_losses(closure()), grad_scaler, drawn), ascent_context)
+        losses = self._evaluate(
+            lambda: self._differentiate(_sample_losses(closure()), grad_scaler, drawn), ascent_context
+        )
         try:
             self._begin(grad_scaler, local=ascent_context is not None)
             self.zero_grad()
@@ -132,6 +136,19 @@ class EfficientSAM(TwoPassOptimizer):
         generator = torch.Generator().manual_seed(number % 2**32)  # it looks at 32 bits alone
         start = int(torch.randint(len(params), (), generator=generator)) if params else 0
         return [*params[start:], *params[:start]][: _count(self.perturbation_ratio, len(params))]
+
+    def _differentiate(self, losses: Tensor, grad_scaler: torch.amp.GradScaler | None, drawn: list[Tensor]) -> Tensor:
+        """Put the gradients of the drawn parameters alone into ``.grad``."""
+        if any(is_dtensor(p) for group in self.param_groups for p in group["params"]):
+            # FSDP2 runs on whole copies of its own: asked for its parameters, torch.autograd.grad would answer zero.
+            _backward(losses, grad_scaler)
+            for param in set(self._params_with_grad()) - set(drawn):
+                param.grad = None
+            return losses.detach()
+        grads = torch.autograd.grad(_mean(losses, grad_scaler), drawn, materialize_grads=True)
+        for param, grad in zip(drawn, grads, strict=True):
+            param.grad = grad
+        return losses.detach()
 
     def _select(self, closure: Callable[..., Any], losses: Tensor) -> Tensor | None:
         """Samples whose loss rises most from w to w + e, or falls most if it is maximised; None for all."""
@@ -162,14 +179,6 @@ class EfficientSAM(TwoPassOptimizer):
 
 def _backward(losses: Tensor, grad_scaler: torch.amp.GradScaler | None) -> Tensor:
     torch.autograd.backward(_mean(losses, grad_scaler))
-    return losses.detach()
-
-
-def _differentiate(losses: Tensor, grad_scaler: torch.amp.GradScaler | None, params: list[Tensor]) -> Tensor:
-    """Put the gradients of these parameters alone into ``.grad``."""
-    grads = torch.autograd.grad(_mean(losses, grad_scaler), params, materialize_grads=True)
-    for param, grad in zip(params, grads, strict=True):
-        param.grad = grad
     return losses.detach()
 
 

@@ -389,7 +389,7 @@ def test_disabled_grad_scaler_changes_nothing(build):
         ({"rho": -0.1}, r"^rho must be >= 0, got -0\.1\.$"),
         ({"rho": float("nan")}, r"^rho must be finite, got nan\.$"),
         ({"rho": "big"}, r"^rho must be a real number, got 'big'\.$"),
-        ({"nonfinite": "ignore"}, r"^nonfinite must be one of 'raise', 'skip', got 'ignore'\.$"),
+        ({"nonfinite": "stop"}, r"^nonfinite must be one of 'raise', 'skip', 'ignore', got 'stop'\.$"),
         ({"max_grad_norm": 0}, r"^max_grad_norm must be > 0, got 0\.$"),
         ({"foreach": "yes"}, r"^foreach must be one of None, True, False, got 'yes'\.$"),
     ],

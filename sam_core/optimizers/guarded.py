@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from sam_core import _tensors
 from sam_core._checks import check_in, check_positive
+from sam_core._dtensors import is_dtensor
 from sam_core.optimizers.wrapper import OptimizerWrapper
 
 
@@ -88,6 +89,11 @@ class GuardedOptimizer(OptimizerWrapper):
 
     def _evaluate(self, closure: Callable[..., Any], context: Any = None) -> Any:
         """Call the closure on cleared gradients, within a context given as such or as a function that makes it."""
+        if context is not None and any(is_dtensor(p) for group in self.param_groups for p in group["params"]):
+            raise ValueError(
+                "ascent_context must be None for DTensors: each rank holds a part of one gradient, summed over all of "
+                f"them; got {context!r}."
+            )
         self.zero_grad()
         if isinstance(context, type) or not hasattr(context, "__enter__"):
             context = nullcontext() if context is None else context()

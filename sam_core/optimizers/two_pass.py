@@ -231,13 +231,15 @@ class TwoPassOptimizer(GuardedOptimizer):
             ascent_context: context of the first pass, e.g. ``ddp_model.no_sync``: each rank then looks for the worst
                 neighbour of its own batch. Entered by methods with ``local_ascent`` alone: the others step with that
                 gradient or remember it, so it must be the same on all ranks. A rank whose first gradient is not
-                finite makes the second one NaN, so that all ranks skip, or raise.
+                finite makes the second one NaN, so that all ranks skip, or raise. None for DTensors (FSDP2): a rank
+                holds a part of the sum of all gradients, there is none of its own.
 
         Returns:
             What the closure returned at w; with ``grads_ready`` at w + perturbation. None if it did not run.
 
         Raises:
-            ValueError: if a closure is needed and there is none, or for a sparse gradient.
+            ValueError: if a closure is needed and there is none, for an ascent_context with DTensors, or for a sparse
+                gradient.
             RuntimeError: if the closure leaves no gradient, or one is given after first_step.
             FloatingPointError: for a non-finite gradient, if ``nonfinite="raise"``.
 
@@ -259,7 +261,7 @@ class TwoPassOptimizer(GuardedOptimizer):
             return self.second_step(grad_scaler=grad_scaler)
         due = self.second_pass_is_due()
         if closure is None:
-            if due and any(p.grad.any() for p in self._params_with_grad()):
+            if due and _tensors.norm([p.grad for p in self._params_with_grad()], foreach=self.foreach) != 0:
                 raise ValueError(
                     "closure must be given, got None: the second pass needs it. Or use first_step and second_step."
                 )

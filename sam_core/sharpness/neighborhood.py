@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.func import grad_and_value
 
 from sam_core.ascent import L2Ascent, compute_perturbation
 from sam_core.sharpness._loss import parameter_loss
@@ -42,10 +40,8 @@ def compute_sam_sharpness(
         1.25
     """
     rule = L2Ascent(rho=rho)
-    with parameter_loss(model, loss_fn, inputs, targets) as (loss, params):
-        grads, loss_at_w = grad_and_value(loss)(params)
-        names = list(params)
-        (perturbation,) = compute_perturbation([rule], [[grads[n] for n in names]], [[params[n] for n in names]])
-        with torch.no_grad():
-            neighbor = {name: params[name] + move for name, move in zip(names, perturbation, strict=True)}
-            return float(loss(neighbor)) - float(loss_at_w)
+    with parameter_loss(model, loss_fn, inputs, targets) as loss:
+        loss_at_w, grads = loss.value_and_grad(loss.params)
+        (perturbation,) = compute_perturbation([rule], [list(grads.values())], [list(loss.params.values())])
+        moves = zip(loss.params.items(), perturbation, strict=True)
+        return loss.value({name: param + move for (name, param), move in moves}) - loss_at_w

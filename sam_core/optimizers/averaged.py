@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from sam_core import _tensors
@@ -14,6 +17,9 @@ class AveragedAscent(TwoPassOptimizer):
     Half types are averaged in float32. A finite gradient enters the average at once, also if the step is then skipped
     because of the second pass or given up: keeping the old average until then would cost a third copy of the weights.
     """
+
+    def _unknown(self, param: Tensor) -> dict[str, Any]:
+        return {"average": torch.zeros_like(param, dtype=torch.promote_types(param.dtype, torch.float32))}
 
     def _average(self, params: list[Tensor], grads: list[Tensor], memory: float) -> list[Tensor]:
         """Take the gradients of one group into their averages and return these."""

@@ -76,6 +76,9 @@ class LookSAM(TwoPassOptimizer):
         super()._check_group(group)
         check_nonnegative("alpha", group["alpha"])
 
+    def _unknown(self, param: Tensor) -> dict[str, Any]:
+        return {"flat_grad": torch.zeros_like(param)}
+
     def second_pass_is_due(self) -> bool:
         return self.should_apply_sam() and super().second_pass_is_due()
 
@@ -83,7 +86,7 @@ class LookSAM(TwoPassOptimizer):
         if self._ascent_grads:
             self._remember(norm)
             self._step_base(norm)
-        elif norm == 0:  # torch.distributed.checkpoint steps so before it saves: it must not count
+        elif norm == 0:  # torch.distributed.checkpoint's initialisation: see OptimizerWrapper
             self._step_base(norm)
             return
         else:

@@ -23,7 +23,7 @@ class _MovedOut(NamedTuple):
 
     weight: Tensor  # w
     factor: float
-    version: int  # torch's count of writes to the parameter, ours the last
+    version: int  # torch's count of writes to the parameter, ours the last: moving it out, or back
 
 
 class MSAM(GuardedOptimizer):
@@ -101,6 +101,13 @@ class MSAM(GuardedOptimizer):
             ValueError: for a sparse gradient.
             FloatingPointError: for a non-finite gradient, if ``nonfinite="raise"``.
         """
+        if closure is None and self._is_initialisation():
+            self._step_base()
+            for state in self.state.values():
+                momentum = _momentum(state)
+                if momentum is not None:
+                    momentum.zero_()  # of SGD it would be the weight decay
+            return None
         if self._inside:
             raise RuntimeError("step must be called outside at_weights(), after train(): gradients belong there.")
         self._adopt()
@@ -112,8 +119,7 @@ class MSAM(GuardedOptimizer):
     def at_weights(self) -> Iterator[None]:
         """Within the block the parameters are the clean weights w, for evaluation and saving.
 
-        A resume is exact whether model *and* optimizer were saved within the block or outside; within, the file of the
-        optimizer is smaller by one set of weights.
+        A resume is exact wherever model and optimizer were saved and are loaded, within the block or outside.
         """
         if self._inside:
             yield
@@ -137,6 +143,7 @@ class MSAM(GuardedOptimizer):
     def train(self) -> None:
         """Move out again, if :meth:`eval` was called; the coming gradient belongs there."""
         if self._inside:
+            self._adopt()
             self._inside = False
             self._move_out()
 
@@ -146,9 +153,11 @@ class MSAM(GuardedOptimizer):
         super().zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resume needs; outside :meth:`at_weights` that includes the clean weights."""
+        """Everything that a resume needs, copies of the clean weights with it."""
         self._adopt()
-        self._method_state = {} if self._inside else {p: {"weight": moved.weight} for p, moved in self._moved.items()}
+        clean = {p: p.detach() if self._inside else moved.weight for p, moved in self._moved.items()}
+        # Not the weights themselves: torch.distributed.checkpoint loads in place what this returns.
+        self._method_state = {p: {"weight": weight.clone()} for p, weight in clean.items()}
         try:
             return super().state_dict()
         finally:
@@ -156,15 +165,25 @@ class MSAM(GuardedOptimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As usual; the parameters, if loaded before, may be the clean or the moved ones."""
-        if not self._inside:
-            self._adopt()
-            self._move_back()
+        """As usual; the parameters, loaded before or after, may be the clean or the moved ones."""
+        self._adopt()
+        self._move_back()
         super().load_state_dict(state_dict)
         saved, self._method_state = self._method_state, {}
         _tensors.copy_(list(saved), [own["weight"] for own in saved.values()], foreach=self.foreach)
-        if not self._inside:
-            self._move_out()
+        self._move_out()
+        if self._inside:
+            self._move_back()
+
+    def _unknown(self, param: Tensor) -> dict[str, Any]:
+        return {"weight": torch.zeros_like(param)}
+
+    def _is_initialisation(self) -> bool:
+        """Whether the gradients in ``.grad`` are those of torch.distributed.checkpoint: see OptimizerWrapper."""
+        if self.state or any(group["lr"] != 0 for group in self.param_groups):
+            return False
+        grads = [p.grad for p in self._params_with_grad()]
+        return bool(grads) and float(_tensors.norm(grads, foreach=self.foreach)) == 0
 
     def _update(self, norm: Tensor) -> None:
         self._move_back()
@@ -197,7 +216,7 @@ class MSAM(GuardedOptimizer):
             _tensors.copy_(weights, move.params, foreach=self.foreach)
             _tensors.add_(move.params, move.directions, alpha=-move.factor, foreach=self.foreach)
             for param, weight in zip(move.params, weights, strict=True):
-                self._moved[param] = _MovedOut(weight, move.factor, param._version)
+                self._moved[param] = _MovedOut(weight, float(move.factor), param._version)
         torch.clear_autocast_cache()
 
     @torch.no_grad()
@@ -205,20 +224,26 @@ class MSAM(GuardedOptimizer):
         weights = [moved.weight for moved in self._moved.values()]
         forget_gathered(self._moved)
         _tensors.copy_(list(self._moved), weights, foreach=self.foreach)
+        self._moved = {p: moved._replace(version=p._version) for p, moved in self._moved.items()}
         torch.clear_autocast_cache()
 
     @torch.no_grad()
     def _adopt(self) -> None:
-        """Take parameters that were written from outside for clean weights and move them out, unless they are out."""
-        written = [] if self._inside else [p for p, moved in self._moved.items() if p._version != moved.version]
+        """Take parameters that were written from outside for clean weights, but for those that are exactly moved ones.
+
+        They then go where the others are: out, or back within :meth:`at_weights`.
+        """
+        written = [p for p, moved in self._moved.items() if p._version != moved.version]
         if written:
             forget_gathered(written)
         for param in written:
             weight, factor, _ = self._moved[param]
             momentum = _momentum(self.state[param])
-            if momentum is not None and not param.equal(weight.clone().add_(momentum, alpha=-factor)):
+            moved = weight if momentum is None else weight.clone().add_(momentum, alpha=-factor)
+            if not param.equal(moved):
                 weight.copy_(param)
-                param.add_(momentum, alpha=-factor)
+                moved = weight if momentum is None else weight.clone().add_(momentum, alpha=-factor)
+            param.copy_(weight if self._inside else moved)
             self._moved[param] = _MovedOut(weight, factor, param._version)
 
 

@@ -21,6 +21,11 @@ class OptimizerWrapper(Optimizer, ABC):
     ``param_groups`` and ``state`` *are* those of ``base_optimizer``, so schedulers may be given either. What the method
     itself remembers is kept apart, since base optimizers take an empty state as the sign to initialise theirs.
 
+    ``torch.distributed.checkpoint`` loads what a fresh optimizer would save, so :meth:`state_dict` has the same entries
+    at all times. It has a fresh one make its moments by ``step(closure=None)`` on gradients that are zero, with lr = 0:
+    that is the base optimizer's step alone. Weights stay where they are, the method counts and remembers nothing, and
+    :class:`MSAM` gets no momentum from it.
+
     Args:
         params: parameters, named parameters or parameter groups; a group may hold the method's options.
         base_optimizer: class that makes the step, e.g. ``torch.optim.AdamW``.
@@ -58,8 +63,9 @@ class OptimizerWrapper(Optimizer, ABC):
         self._method_state: dict[Tensor, dict[str, Any]] = {}  # by parameter; never cast, unlike a base optimizer's
         self._counters: dict[str, int] = {}  # of the method as a whole; saved with every group
         self.base_optimizer = base_optimizer(params, **kwargs)
+        self.base_optimizer.defaults.update(method_defaults)  # its add_param_group fills them in as well
         base_state = self.base_optimizer.state  # Adagrad fills it on construction, Optimizer.__init__ empties it
-        super().__init__(self.base_optimizer.param_groups, {**self.base_optimizer.defaults, **method_defaults})
+        super().__init__(self.base_optimizer.param_groups, self.base_optimizer.defaults)
         self.state = base_state
 
     @abstractmethod
@@ -94,6 +100,13 @@ class OptimizerWrapper(Optimizer, ABC):
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise ValueError if the method's options in a parameter group are bad."""
 
+    def _unknown(self, param: Tensor) -> dict[str, Any]:
+        """What is saved of a parameter that the method does not know yet, under the names of ``_method_state``.
+
+        Its values count for nothing, but torch.distributed.checkpoint loads into tensors of a fresh optimizer alone.
+        """
+        return {}
+
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The base optimizer's own list."""
@@ -123,16 +136,21 @@ class OptimizerWrapper(Optimizer, ABC):
         self.base_optimizer.add_param_group(group)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resume needs; what is not the base optimizer's has keys that start with "sam_core."."""
+        """Everything that a resume needs; what is not the base optimizer's has keys that start with "sam_core.".
+
+        These are always the same: where the method knows nothing yet there are zeros, and "sam_core.known" is False.
+        """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         saved = self.base_optimizer.state_dict()
         for group, packed in zip(self.param_groups, saved["param_groups"], strict=True):
             packed.update(_prefixed({"method": type(self).__name__, **self._counters}))
             for param, number in zip(group["params"], packed["params"], strict=True):
-                if param in self._method_state:
+                known = param in self._method_state
+                own = self._method_state[param] if known else self._unknown(param) if param.requires_grad else {}
+                if own:
                     # A new dict: the one in there is the live one that the base optimizer steps with.
-                    own = _prefixed(self._method_state[param])
+                    own = _prefixed({**own, "known": known})
                     saved["state"][number] = {**saved["state"].get(number, {}), **own}
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             saved = post_hook(self, saved) or saved
@@ -145,13 +163,22 @@ class OptimizerWrapper(Optimizer, ABC):
             state_dict: of an optimizer with the same groups.
 
         Raises:
-            ValueError: if the groups differ, or it is of another method, whose state and weights mean something else.
+            ValueError: if the groups differ, it is of another method, whose state and weights mean something else, or
+                torch.distributed.checkpoint has flattened it.
         """
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
         groups = [_split(group) for group in state_dict["param_groups"]]
-        for _, own in groups:
+        for base, own in groups:
+            by_name = any(
+                isinstance(name, str) for name in base["params"]
+            )  # it comes from torch.distributed.checkpoint
+            if by_name and not own and base.keys() & self._method_defaults:
+                raise ValueError(
+                    f"state_dict must hold entries '{_PREFIX}...' of {type(self).__name__}, got none: torch drops them "
+                    "with StateDictOptions(flatten_optimizer_state_dict=True). Save and load without it."
+                )
             method = own.pop("method", type(self).__name__)
             if method != type(self).__name__:
                 raise ValueError(
@@ -171,8 +198,8 @@ class OptimizerWrapper(Optimizer, ABC):
             group.update({name: value for name, value in option.items() if name not in group})
             self._counters.update(counters)
             for param, number in zip(group["params"], saved["params"], strict=True):
-                if number in state and state[number][1]:
-                    own = state[number][1]
+                own = state[number][1] if number in state else {}
+                if own.pop("known", bool(own)):
                     self._method_state[param] = {name: _copied(value, param) for name, value in own.items()}
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

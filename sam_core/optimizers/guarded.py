@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from sam_core import _tensors
 from sam_core._checks import check_in, check_positive
 from sam_core._dtensors import is_dtensor
+from sam_core._gathered import forget_gathered
 from sam_core.optimizers.wrapper import OptimizerWrapper
 
 
@@ -118,6 +119,7 @@ class GuardedOptimizer(OptimizerWrapper):
         """Clip the gradients in ``.grad``, whose global norm may be given, and step the base optimizer."""
         self._clip(norm)
         self.base_optimizer.step()
+        forget_gathered([p for group in self.param_groups for p in group["params"]])
         torch.clear_autocast_cache()  # of weights cast before the step
 
     def _clip(self, norm: Tensor | None = None) -> None:

@@ -33,6 +33,14 @@ class _Begun(NamedTuple):
     error: FloatingPointError | None  # to be raised by second_step, when the other ranks have heard of it
 
 
+class _Memory:
+    """What lasts from first_step to second_step: torch.compile loses what is written on an optimizer itself."""
+
+    def __init__(self) -> None:
+        self.begun: _Begun | None = None
+        self.ascent_grads: dict[Tensor, Tensor] = {}
+
+
 class Pair(NamedTuple):
     """Parameters of one group that have a gradient in both passes."""
 
@@ -68,8 +76,23 @@ class TwoPassOptimizer(GuardedOptimizer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._begun: _Begun | None = None
-        self._ascent_grads: dict[Tensor, Tensor] = {}
+        self._memory = _Memory()
+
+    @property
+    def _begun(self) -> _Begun | None:
+        return self._memory.begun
+
+    @_begun.setter
+    def _begun(self, begun: _Begun | None) -> None:
+        self._memory.begun = begun
+
+    @property
+    def _ascent_grads(self) -> dict[Tensor, Tensor]:
+        return self._memory.ascent_grads
+
+    @_ascent_grads.setter
+    def _ascent_grads(self, grads: dict[Tensor, Tensor]) -> None:
+        self._memory.ascent_grads = grads
 
     # What a method defines --------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,7 @@ class ParameterLoss:
     Attributes:
         params: the parameters that require a gradient, by name; their values, detached.
         num_entries: the number n of their entries.
+        has_one_batch: the data are one batch, whose graph may be kept from one product to the next.
     """
 
     def __init__(self, model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any) -> None:
@@ -31,26 +33,35 @@ class ParameterLoss:
             raise ValueError("model must have a parameter that requires a gradient, got none.")
         self.num_entries = sum(param.numel() for param in self.params.values())
         self._model, self._loss_fn = model, loss_fn
-        self._one_batch = targets is not None or isinstance(inputs, (Tensor, tuple)) or not isinstance(inputs, Iterable)
-        self._batches: Iterable[tuple[Any, Any]] = [(inputs, targets)] if self._one_batch else inputs
+        self.has_one_batch = targets is not None or isinstance(inputs, (Tensor, tuple))
+        self._batches: Iterable[tuple[Any, Any]] = [(inputs, targets)] if self.has_one_batch else inputs
+
+    def parts(self, num_samples: int | None = None) -> Iterator[tuple[int, ParameterLoss]]:
+        """For each batch, or each micro-batch of at most ``num_samples``, the number of samples and its loss."""
+        for inputs, targets in self._pairs():
+            whole = _size(inputs, targets) if num_samples is not None or not self.has_one_batch else 1
+            step = num_samples if num_samples is not None else whole
+            for start in range(0, whole, step):
+                chunk = slice(None) if step >= whole else slice(start, start + step)
+                part = copy.copy(self)
+                part.has_one_batch, part._batches = True, [(_chunk(inputs, chunk), _chunk(targets, chunk))]
+                yield min(step, whole - start), part
 
     @property
     def like(self) -> Tensor:
         """A tensor on the device and of the dtype of vectors over all parameters."""
         return next(iter(self.params.values()))
 
-    @property
-    def has_one_batch(self) -> bool:
-        """Whether the data are one batch, whose graph may be kept from one product to the next."""
-        return self._one_batch
-
     def batches(self) -> Iterator[tuple[int, BatchLoss]]:
         """The number of samples n_i (1 for the only batch) and the loss L_i of each batch."""
+        for inputs, targets in self._pairs():
+            yield 1 if self.has_one_batch else _size(inputs, targets), self._loss_of(inputs, targets)
+
+    def _pairs(self) -> Iterator[tuple[Any, Any]]:
         empty = True
         for inputs, targets in self._batches:
-            empty = False
-            size = 1 if self._one_batch else _size(inputs, targets)
-            yield size, self._loss_of(_on_device(inputs, self.like.device), _on_device(targets, self.like.device))
+            empty, inputs = False, tuple(inputs) if isinstance(inputs, list) else inputs  # as DataLoaders collate
+            yield _on_device(inputs, self.like.device), _on_device(targets, self.like.device)
         if empty:
             raise ValueError("inputs must give at least one batch (inputs, targets) each time, got none.")
 
@@ -141,6 +152,12 @@ def _size(inputs: Any, targets: Any) -> int:
         if isinstance(value, Tensor) and value.ndim > 0:
             return len(value)
     raise ValueError("inputs must give batches whose targets or inputs are tensors [n, ...], to count their samples.")
+
+
+def _chunk(value: Any, chunk: slice) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_chunk(part, chunk) for part in value)
+    return value[chunk] if isinstance(value, Tensor) and value.ndim > 0 else value
 
 
 def _on_device(value: Any, device: torch.device) -> Any:

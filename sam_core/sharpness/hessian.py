@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import grad, vjp, vmap
 
 from sam_core._checks import check_count
-from sam_core.sharpness._loss import BatchLoss, ParameterLoss, Params, parameter_loss
+from sam_core.sharpness._loss import ParameterLoss, Params, parameter_loss
 
 
 class Hessian:
@@ -44,6 +44,20 @@ class Hessian:
                 with torch.no_grad():  # or the product would carry a graph of its own
                     product.add_(self._loss.flatten(multiply(piece)[0]).to(product), alpha=size)
         return torch.stack([product / total for product in products], dim=1).reshape(vectors.shape)
+
+    def dense(self, chunk_size: int = 64) -> Tensor:
+        """H itself [n, n], exactly symmetric; ``chunk_size`` rows are computed at once."""
+        basis = torch.eye(self.num_entries, dtype=self.like.dtype, device=self.like.device)
+        rows, total = torch.zeros_like(basis), 0
+        for size, multiply in self._multipliers():
+
+            def row(unit: Tensor, multiply: Any = multiply) -> Tensor:
+                return self._loss.flatten(multiply(self._loss.unflatten(unit))[0])
+
+            with torch.no_grad():
+                rows.add_(vmap(row, chunk_size=chunk_size)(basis), alpha=size)
+            total += size
+        return (rows + rows.T) / (2 * total)
 
     def _multipliers(self) -> Iterator[tuple[int, Callable[[Params], tuple[Params]]]]:
         """For each batch its size and v -> H_i v."""
@@ -157,24 +171,10 @@ def compute_hessian(
     """
     check_count("max_entries", max_entries, at_least=1)
     check_count("chunk_size", chunk_size, at_least=1)
-    with parameter_loss(model, loss_fn, inputs, targets) as loss:
-        if loss.num_entries > max_entries:
+    with hessian_operator(model, loss_fn, inputs, targets) as hessian:
+        if hessian.num_entries > max_entries:
             raise ValueError(
-                f"model must have at most max_entries = {max_entries} trainable entries, got {loss.num_entries}; "
+                f"model must have at most max_entries = {max_entries} trainable entries, got {hessian.num_entries}; "
                 "use products with the Hessian instead, or raise max_entries."
             )
-        dense, total = (
-            torch.zeros(loss.num_entries, loss.num_entries, dtype=loss.like.dtype, device=loss.like.device),
-            0,
-        )
-        for size, batch_loss in loss.batches():
-            dense.add_(_rows(loss, batch_loss, chunk_size), alpha=size)
-            total += size
-        return (dense + dense.T) / (2 * total)
-
-
-def _rows(loss: ParameterLoss, batch_loss: BatchLoss, chunk_size: int) -> Tensor:
-    multiply = vjp(grad(batch_loss), loss.params)[1]
-    basis = torch.eye(loss.num_entries, dtype=loss.like.dtype, device=loss.like.device)
-    with torch.no_grad():
-        return vmap(lambda row: loss.flatten(multiply(loss.unflatten(row))[0]), chunk_size=chunk_size)(basis)
+        return hessian.dense(chunk_size)

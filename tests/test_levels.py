@@ -54,6 +54,7 @@ LEVELS: dict[str, dict[str, int]] = {
         "bounds.description_length": 1,
         "sharpness._loss": 1,
         "sharpness.hessian": 2,
+        "sharpness.plot": 0,
         "sharpness.lanczos": 0,
         "sharpness.neighborhood": 3,
         "sharpness.landscape": 2,
@@ -162,6 +163,7 @@ ALSO_NEEDS: dict[str, set[str]] = {
     "integrations.lightning": {"lightning"},
     "integrations.hugging_face": {"transformers"},
     "tuning.plot": {"matplotlib"},  # imported by the function that draws
+    "sharpness.plot": {"matplotlib"},
 }
 TABLES_OF_CONTENTS = {
     "",

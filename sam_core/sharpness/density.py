@@ -6,6 +6,7 @@ Axes: r runs, m quadrature nodes.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from sam_core._checks import check_count, check_positive
 from sam_core.sharpness.hessian import hessian_operator
 from sam_core.sharpness.lanczos import tridiagonalize
+from sam_core.sharpness.plot import plot_density
 from sam_core.sharpness.trace import draw_signs
 
 
@@ -56,6 +58,18 @@ class SpectralDensity:
         distances = (points.to(self.nodes)[:, None] - self.nodes.reshape(1, -1)) / sigma
         kernel = torch.exp(-distances.square() / 2) / (sigma * math.sqrt(2 * math.pi))
         return kernel @ self.weights.reshape(-1) / len(self.weights)
+
+    def plot(self, path: str | os.PathLike[str], sigma: float | None = None) -> None:
+        """Write a picture, on a logarithmic axis: density against eigenvalue. Needs matplotlib.
+
+        Args:
+            path: of the picture, e.g. a .png or .svg.
+            sigma: as for :meth:`evaluate`; None: a hundredth of the spectrum's width.
+
+        Raises:
+            ImportError: without matplotlib.
+        """
+        plot_density(self, path, sigma)
 
 
 def compute_spectral_density(

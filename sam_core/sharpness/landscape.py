@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sam_core._checks import check_count, check_in, check_positive
 from sam_core.sharpness._loss import ParameterLoss, Params, parameter_loss
 from sam_core.sharpness.lanczos import draw_vector
+from sam_core.sharpness.plot import plot_landscape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,30 +34,13 @@ class LossLandscape:
         middle = len(self.coordinates) // 2
         return self.losses - self.losses[(middle,) * self.losses.ndim]
 
-    def plot(self, path: str | Path) -> None:
+    def plot(self, path: str | os.PathLike[str]) -> None:
         """Write a picture: a curve, or contour lines with w in the middle. Needs matplotlib.
 
         Raises:
             ImportError: without matplotlib.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("LossLandscape.plot needs matplotlib: pip install matplotlib") from error
-        figure = Figure(figsize=(4.5, 3.6), layout="constrained")
-        axes = figure.add_subplot()
-        coordinates, losses = self.coordinates.numpy(), self.losses.numpy()
-        if self.losses.ndim == 1:
-            axes.plot(coordinates, losses, color="tab:blue")
-            axes.set_ylabel("loss")
-        else:
-            lines = axes.contour(coordinates, coordinates, losses.T, levels=15, cmap="viridis")
-            axes.clabel(lines, fontsize=7)
-            axes.plot(0, 0, "+", color="black")
-            axes.set_ylabel("second direction")
-            axes.set_aspect("equal")
-        axes.set_xlabel("first direction" if self.losses.ndim == 2 else "direction")
-        figure.savefig(path, dpi=150)
+        plot_landscape(self, path)
 
 
 def compute_loss_landscape(

@@ -85,7 +85,7 @@ def split(tensors: Sequence[Tensor]) -> list[Share]:
 
 def align(tensor: Tensor, model: Tensor) -> Tensor:
     """The tensor, split like the model."""
-    if not (is_dtensor(tensor) and is_dtensor(model)) or _matching(tensor, model):
+    if not (is_dtensor(tensor) and is_dtensor(model)) or _split_alike(tensor, model):
         return tensor
     model = _without_partial(model)
     return tensor.redistribute(model.device_mesh, model.placements)
@@ -94,14 +94,14 @@ def align(tensor: Tensor, model: Tensor) -> Tensor:
 def apply(
     operation: Callable[..., list[Tensor]], single: Callable[..., Tensor], lists: tuple[Sequence[Tensor], ...]
 ) -> list[Tensor]:
-    """Run an entrywise operation on lists of local parts; tensors that are split differently run one by one instead.
+    """Run an entrywise operation on lists of local parts, all split as those of the first list.
 
     Args:
         operation: takes plain lists and returns one, new tensors or, if it works in place, those of the first list.
-        single: the same on tensors themselves.
+        single: the same on DTensors; for summands (``Partial``), as far as torch knows how.
         lists: plain tensors and DTensors; a DTensor stands beside DTensors alone.
     """
-    rows = list(zip(*lists, strict=True))
+    rows = [(first, *(align(other, first) for other in others)) for first, *others in zip(*lists, strict=True)]
     local = [i for i, row in enumerate(rows) if not any(map(is_dtensor, row)) or _matching(*row)]
     results: list[Any] = list(lists[0])
     if local:
@@ -114,16 +114,16 @@ def apply(
     return results
 
 
-def _matching(*tensors: Tensor) -> bool:
+def _split_alike(tensor: DTensor, other: DTensor) -> bool:
+    return tensor.device_mesh == other.device_mesh and tensor.placements == other.placements
+
+
+def _matching(first: Tensor, *others: Tensor) -> bool:
     """Whether all are DTensors of which each rank holds the same entries, and not summands of them."""
-    first = tensors[0]
-    return is_dtensor(first) and all(
-        is_dtensor(t)
-        and t.device_mesh == first.device_mesh
-        and t.placements == first.placements
-        and t.shape == first.shape
-        and not any(placement.is_partial() for placement in t.placements)
-        for t in tensors
+    return (
+        is_dtensor(first)
+        and not any(placement.is_partial() for placement in first.placements)
+        and all(is_dtensor(other) and _split_alike(first, other) and first.shape == other.shape for other in others)
     )
 
 

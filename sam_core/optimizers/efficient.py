@@ -28,6 +28,9 @@ class EfficientSAM(TwoPassOptimizer):
     2. A forward without graph at w + e gives each sample's loss; keep the share of samples whose loss rose most.
     3. Forward and backward at w + e on these; the base optimizer steps all parameters.
 
+    Under DistributedDataParallel the first gradient is this rank's alone, in ``no_sync`` or not: it is that of some
+    parameters, which nothing there would sum. A model with ``static_graph=True`` must have made a backward before.
+
     With forward, input and weight gradient one unit each, that is (2 + perturbation_ratio) + 1 + 3 sample_ratio units
     to SAM's 6; under FSDP2 the first backward is a whole one. With several ranks each keeps a share of its own samples.
     Here ||e|| = rho: the worst neighbour within the drawn subspace. The paper divides e by the ratio, which in the
@@ -101,7 +104,7 @@ class EfficientSAM(TwoPassOptimizer):
 
         Raises:
             ValueError: for grads_ready, or losses that are not one a sample.
-            RuntimeError: if the losses depend on no parameter.
+            RuntimeError: if the losses depend on no parameter, or it is the first backward of a static graph.
             FloatingPointError: for a non-finite gradient, if ``nonfinite="raise"``.
         """
         if grads_ready:
@@ -118,7 +121,7 @@ class EfficientSAM(TwoPassOptimizer):
             lambda: self._differentiate(_sample_losses(closure()), grad_scaler, drawn), ascent_context
         )
         try:
-            self._begin(grad_scaler, local=ascent_context is not None)
+            self._begin(grad_scaler, local=True)  # nothing synchronises torch.autograd.grad
             self.zero_grad()
             indices = self._select(closure, losses)
             chosen = closure if indices is None else partial(closure, indices)
@@ -139,6 +142,7 @@ class EfficientSAM(TwoPassOptimizer):
 
     def _differentiate(self, losses: Tensor, grad_scaler: torch.amp.GradScaler | None, drawn: list[Tensor]) -> Tensor:
         """Put the gradients of the drawn parameters alone into ``.grad``."""
+        _refuse_first_static_pass(losses)
         if any(is_dtensor(p) for group in self.param_groups for p in group["params"]):
             # FSDP2 runs on whole copies of its own: asked for its parameters, torch.autograd.grad would answer zero.
             _backward(losses, grad_scaler)
@@ -180,6 +184,27 @@ class EfficientSAM(TwoPassOptimizer):
 def _backward(losses: Tensor, grad_scaler: torch.amp.GradScaler | None) -> Tensor:
     torch.autograd.backward(_mean(losses, grad_scaler))
     return losses.detach()
+
+
+def _refuse_first_static_pass(losses: Tensor) -> None:
+    """DistributedDataParallel learns a static graph from the first backward, which must be of all parameters.
+
+    Until then its outputs come from a node of its own.
+    """
+    nodes: list[Any] = [losses.grad_fn]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        if type(node).__name__ == "_DDPSinkBackward":
+            if node.ddp_weakref().static_graph:
+                raise RuntimeError(
+                    "EfficientSAM's first pass must not be the first backward under static_graph=True: "
+                    "run an ordinary one on the DistributedDataParallel model before."
+                )
+            return
+        fresh = [child for child, _ in node.next_functions if child is not None and child not in seen]
+        seen.update(fresh)
+        nodes.extend(fresh)
 
 
 def _mean(losses: Tensor, grad_scaler: torch.amp.GradScaler | None) -> Tensor:

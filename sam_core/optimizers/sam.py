@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -64,21 +65,31 @@ class SAM(TwoPassOptimizer):
         return AdaptiveAscent(rho=plain.rho, maximize=plain.maximize, eta=group["eta"]) if group["adaptive"] else plain
 
     @torch.no_grad()
-    def step_m_sharpness(self, closures: Sequence[Callable[[], Tensor]]) -> Tensor:
+    def step_m_sharpness(
+        self,
+        closures: Sequence[Callable[[], Tensor]],
+        *,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        no_sync: Callable[[], AbstractContextManager[Any]] | None = None,
+    ) -> Tensor:
         """One step of m-sharpness: each micro-batch has its own worst neighbour (Foret et al. 2021, section 4.1).
 
             base step with  sum_i grad L_i(w + e_i),    e_i the perturbation by grad L_i(w)
 
         Args:
-            closures: one a micro-batch: computes L_i, its share of the loss, calls backward and returns it.
+            closures: one a micro-batch: computes L_i, its share of the loss, calls backward (on
+                ``grad_scaler.scale(L_i)``) and returns L_i.
+            grad_scaler: unscales the gradients of each pass; call its ``update()`` afterwards, not its ``step``.
+            no_sync: context of every backward but the last, e.g. ``ddp_model.no_sync``: each micro-batch of each rank
+                then has its own e_i, and the sums are averaged over ranks once.
 
         Returns:
             Sum of the losses at w.
 
         Raises:
             ValueError: for no closures.
-            RuntimeError: if a closure leaves no gradient.
-            FloatingPointError: for a non-finite gradient, if ``nonfinite="raise"``.
+            RuntimeError: if a closure leaves no gradient, or after :meth:`first_step`.
+            FloatingPointError: for a non-finite gradient, if ``nonfinite="raise"``; with ``no_sync`` on all ranks.
 
         Example:
             >>> w = torch.nn.Parameter(torch.zeros(2))
@@ -94,18 +105,31 @@ class SAM(TwoPassOptimizer):
         """
         if not closures:
             raise ValueError("closures must hold at least one micro-batch, got none.")
-        losses, skip, total = [], False, dict[Tensor, Tensor]()
-        for closure in closures:
-            losses.append(self._evaluate(closure).detach())
-            self.first_step()
-            skip |= self._begun is not None and self._begun.skip
-            try:
-                self._evaluate(closure)
-            finally:
-                self.restore()
-            for param in self._params_with_grad():
-                total[param] = total[param].add_(param.grad) if param in total else param.grad.clone()
-        for param, grad in total.items():
-            param.grad = grad
-        self._descend("w + perturbation", None, skip=skip)
-        return torch.stack(losses).sum()
+        if self.in_second_pass:
+            raise RuntimeError("step_m_sharpness must not follow first_step; call second_step, or restore().")
+        due, losses, total = self.second_pass_is_due(), list[Tensor](), dict[Tensor, Tensor]()
+        try:
+            for number, closure in enumerate(closures, start=1):
+                if due:
+                    losses.append(self._evaluate(closure, no_sync))
+                    # A bad gradient at w ends the search; the other closures run, so that all ranks hear of it.
+                    if self._begun is None:
+                        self._begin(grad_scaler, local=no_sync is not None)
+                self.zero_grad()
+                for param, grad in total.items():
+                    param.grad = grad  # the backward adds to it
+                with nullcontext() if no_sync is None or number == len(closures) else no_sync(), torch.enable_grad():
+                    loss = closure()
+                if not due:
+                    losses.append(loss)
+                total = {param: param.grad for param in self._params_with_grad()}
+                if self._begun is not None and not self._begun.skip and number < len(closures):
+                    self.restore()
+        except BaseException:
+            self.restore()
+            raise
+        if due:
+            self.second_step(grad_scaler=grad_scaler)
+        else:
+            self._descend("w", grad_scaler)
+        return torch.stack([loss.detach() for loss in losses]).sum()

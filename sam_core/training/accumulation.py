@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -77,14 +77,17 @@ def make_closure(
     *,
     device: str | torch.device | None = None,
     grad_scaler: torch.amp.GradScaler | None = None,
-) -> Callable[[], Tensor]:
+) -> Callable[..., Tensor]:
     """One closure for all micro-batches, sum_i (n_i / n) L_i: the gradient of one big batch in the memory of a part.
 
-    That holds for any sizes, except that batch normalisation sees micro-batches. Arguments and errors are those of
-    :func:`make_closures`.
+    That holds for any sizes, except that batch normalisation sees micro-batches. A model with ``no_sync``, such as
+    DistributedDataParallel, sums the gradients over its ranks in the last backward alone. Arguments and errors are
+    those of :func:`make_closures`, except that a single batch will do for an optimizer that wants each sample's loss;
+    ``loss_fn`` then returns it, e.g. ``partial(cross_entropy, reduction="none")``.
 
     Returns:
-        A function without arguments for ``optimizer.step``; it returns the mean loss over all samples, detached.
+        A function without arguments for ``optimizer.step``; it returns the mean loss over all samples, detached. Or
+        the function of indices that :class:`EfficientSAM` wants.
 
     Example:
         >>> model = torch.nn.Linear(3, 2)
@@ -92,5 +95,32 @@ def make_closure(
         >>> batches = [(torch.ones(n, 3), torch.zeros(n, dtype=torch.int64)) for n in (4, 4, 1)]
         >>> loss = optimizer.step(make_closure(model, batches, torch.nn.functional.cross_entropy, optimizer))
     """
-    parts = make_closures(model, batches, loss_fn, optimizer, device=device, grad_scaler=grad_scaler)
-    return lambda: torch.stack([part() for part in parts]).sum()
+    if optimizer.takes_sample_losses and len(batches) == 1:
+        inputs, targets = (tensor.to(device) for tensor in batches[0])
+        return _sample_losses(model, inputs, targets, loss_fn, optimizer)
+    *parts, last = make_closures(model, batches, loss_fn, optimizer, device=device, grad_scaler=grad_scaler)
+    no_sync: Callable[[], AbstractContextManager[None]] = getattr(model, "no_sync", nullcontext)
+
+    def closure() -> Tensor:
+        with no_sync():
+            losses = [part() for part in parts]
+        return torch.stack([*losses, last()]).sum()
+
+    return closure
+
+
+def _sample_losses(
+    model: nn.Module, inputs: Tensor, targets: Tensor, loss_fn: Loss, optimizer: OptimizerWrapper
+) -> Callable[..., Tensor]:
+    def closure(indices: Tensor | None = None) -> Tensor:
+        chosen = slice(None) if indices is None else indices
+        with frozen_running_stats(model) if optimizer.in_second_pass else nullcontext():
+            losses = loss_fn(model(inputs[chosen]), targets[chosen])
+        if losses.dim() != 1:
+            raise ValueError(
+                f"loss_fn must return one loss a sample for {type(optimizer).__name__}, e.g. "
+                f'partial(cross_entropy, reduction="none"), got shape {list(losses.shape)}.'
+            )
+        return losses
+
+    return closure

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from itertools import islice
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 
 from sam_core._checks import check_count
 from sam_core.optimizers.sam import SAM
@@ -95,13 +97,14 @@ def train_sam_with_accumulation(
         device: where to train; None: where the model is.
         loss_fn: ``loss_fn(outputs, targets)``, the mean over samples.
         m_sharpness: each micro-batch looks for its own worst neighbour, see :meth:`SAM.step_m_sharpness`.
-        grad_scaler: scales the losses; updated after each step. Not with ``m_sharpness``.
+        grad_scaler: scales the losses; updated after each step.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: for a bad option, a loader that gives no batch, or an optimizer that cannot do it.
+        ValueError: for a bad option, a loader that gives no batch, an optimizer that cannot do it, or a
+            DistributedDataParallel, which :func:`train_sam_distributed` trains.
 
     Example:
         >>> model = torch.nn.Linear(3, 2)
@@ -109,25 +112,47 @@ def train_sam_with_accumulation(
         >>> loader = [(torch.randn(4, 3), torch.randint(2, (4,))) for _ in range(6)]
         >>> model = train_sam_with_accumulation(model, loader, optimizer, accumulation_steps=4)
     """
+    if isinstance(model, DistributedDataParallel):
+        raise ValueError("model must not be a DistributedDataParallel: train it with train_sam_distributed.")
+    model = model.to(device) if device is not None else model
+    loss = train_one_epoch(
+        model, train_loader, optimizer, accumulation_steps, loss_fn, m_sharpness=m_sharpness, grad_scaler=grad_scaler
+    )
+    _logger.info("loss %.4f", loss)
+    return model
+
+
+def train_one_epoch(
+    model: nn.Module,
+    train_loader: Iterable[Batch],
+    optimizer: OptimizerWrapper,
+    accumulation_steps: int,
+    loss_fn: Loss,
+    *,
+    m_sharpness: bool = False,
+    grad_scaler: torch.amp.GradScaler | None = None,
+    no_sync: Callable[[], AbstractContextManager[None]] | None = None,
+) -> Tensor:
+    """The epoch of the loops above and of :func:`train_sam_distributed`, which explain the arguments.
+
+    Returns:
+        Mean loss at w over the steps, a detached tensor [].
+    """
     check_count("accumulation_steps", accumulation_steps, at_least=1)
     if m_sharpness and not isinstance(optimizer, SAM):
         raise ValueError(f"optimizer must be SAM or ASAM with m_sharpness=True, got {type(optimizer).__name__}.")
-    if m_sharpness and grad_scaler is not None:
-        raise ValueError("grad_scaler must be None with m_sharpness=True.")
-    model = model.to(device) if device is not None else model
     device = next(model.parameters()).device
     model.train()
     losses, loader = [], iter(train_loader)
     while batches := list(islice(loader, accumulation_steps)):
         if m_sharpness and isinstance(optimizer, SAM):
-            parts = make_closures(model, batches, loss_fn, optimizer, device=device)
-            losses.append(optimizer.step_m_sharpness(parts))
+            parts = make_closures(model, batches, loss_fn, optimizer, device=device, grad_scaler=grad_scaler)
+            losses.append(optimizer.step_m_sharpness(parts, grad_scaler=grad_scaler, no_sync=no_sync))
         else:
             closure = make_closure(model, batches, loss_fn, optimizer, device=device, grad_scaler=grad_scaler)
-            losses.append(optimizer.step(closure, grad_scaler=grad_scaler))
+            losses.append(optimizer.step(closure, grad_scaler=grad_scaler, ascent_context=no_sync))
         if grad_scaler is not None:
             grad_scaler.update()
     if not losses:
         raise ValueError("train_loader must give at least one batch, got none.")
-    _logger.info("loss %.4f", torch.stack(losses).mean())
-    return model
+    return torch.stack(losses).mean()

@@ -14,6 +14,7 @@ LEVELS: dict[str, dict[str, int]] = {
         "_checks": 0,
         "_dtensors": 0,
         "_gathered": 1,
+        "_tracing": 0,
         "_tensors": 1,
         "ascent": 2,
         "weights": 2,
@@ -44,6 +45,10 @@ LEVELS: dict[str, dict[str, int]] = {
         "tuning.plot": 0,
         "tuning.results": 1,
         "tuning.sweep": 2,
+        "planning.costs": 1,
+        "planning.memory": 2,
+        "planning.communication": 3,
+        "planning.recording": 4,
         "bounds.divergences": 1,
         "bounds.risk_certificate": 0,
         "bounds._losses": 0,
@@ -177,6 +182,7 @@ TABLES_OF_CONTENTS = {
     "sharpness",
     "integrations",
     "tuning",
+    "planning",
 }
 
 

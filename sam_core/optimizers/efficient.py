@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from sam_core._checks import check_count, check_finite
 from sam_core._dtensors import is_dtensor
+from sam_core._tracing import untraced
 from sam_core.ascent import Move, find_moves
 from sam_core.optimizers.two_pass import TwoPassOptimizer
 
@@ -81,6 +82,7 @@ class EfficientSAM(TwoPassOptimizer):
         super().__init__(params, base_optimizer, {"rho": rho}, **kwargs)
         self._counters |= {"seed": seed, "num_steps": 0}
 
+    @untraced  # other weights in each step: torch.compile would compile each anew
     @torch.no_grad()
     def step(
         self,

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from sam_core import _tensors
 from sam_core._checks import check_nonnegative
+from sam_core._tracing import untraced
 from sam_core.ascent import L2Ascent
 from sam_core.optimizers.two_pass import TwoPassOptimizer
 
@@ -108,6 +109,7 @@ class GSAM(TwoPassOptimizer):
     def _rule(self, group: dict[str, Any]) -> L2Ascent:
         return replace(super()._rule(group), rho=self.radius(group))
 
+    @untraced  # it looks at values: torch.compile would cut it into pieces
     def _update(self, norm: Tensor) -> None:
         pairs = self._pairs()
         second = [g for pair in pairs for g in pair.descent_grads]

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from sam_core import _tensors
 from sam_core._checks import check_count, check_nonnegative
+from sam_core._tracing import untraced
 from sam_core.optimizers.two_pass import TwoPassOptimizer
 
 
@@ -82,6 +83,7 @@ class LookSAM(TwoPassOptimizer):
     def second_pass_is_due(self) -> bool:
         return self.should_apply_sam() and super().second_pass_is_due()
 
+    @untraced  # torch.compile loses what is written on an optimizer
     def _update(self, norm: Tensor) -> None:
         if self._ascent_grads:
             self._remember(norm)

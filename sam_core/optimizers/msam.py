@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from sam_core import _tensors
 from sam_core._gathered import forget_gathered
+from sam_core._tracing import untraced
 from sam_core.ascent import L2Ascent, Move, find_moves
 from sam_core.optimizers.guarded import GuardedOptimizer
 
@@ -74,6 +75,7 @@ class MSAM(GuardedOptimizer):
         ):
             raise ValueError("base_optimizer must have a momentum, e.g. SGD with momentum=0.9, got none.")
 
+    @untraced  # torch.compile loses what is written on an optimizer
     @torch.no_grad()
     def step(
         self,

@@ -34,7 +34,7 @@ class _Begun(NamedTuple):
 
 
 class _Memory:
-    """What lasts from first_step to second_step: torch.compile loses what is written on an optimizer itself."""
+    """What lasts from first_step to second_step, apart from the optimizer: see _tracing."""
 
     def __init__(self) -> None:
         self.begun: _Begun | None = None

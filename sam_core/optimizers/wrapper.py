@@ -171,12 +171,11 @@ class OptimizerWrapper(Optimizer, ABC):
             state_dict = pre_hook(self, state_dict) or state_dict
         groups = [_split(group) for group in state_dict["param_groups"]]
         for base, own in groups:
-            by_name = any(
-                isinstance(name, str) for name in base["params"]
-            )  # it comes from torch.distributed.checkpoint
+            # Only torch.distributed.checkpoint writes names, not numbers.
+            by_name = any(isinstance(name, str) for name in base["params"])
             if by_name and not own and base.keys() & self._method_defaults:
                 raise ValueError(
-                    f"state_dict must hold entries '{_PREFIX}...' of {type(self).__name__}, got none: torch drops them "
+                    f"state_dict must hold entries '{_PREFIX}*' of {type(self).__name__}, got none: torch drops them "
                     "with StateDictOptions(flatten_optimizer_state_dict=True). Save and load without it."
                 )
             method = own.pop("method", type(self).__name__)

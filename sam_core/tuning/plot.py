@@ -73,8 +73,9 @@ def plot_sweeps(
 
 def _dress(ax: Any, rhos: Sequence[float]) -> None:
     if rhos[-1] > 0:
-        ax.set_xscale("symlog", linthresh=next(rho for rho in rhos if rho > 0), linscale=0.6)
+        ax.set_xscale("symlog", linthresh=next(rho for rho in rhos if rho > 0), linscale=0.4)
     ax.set_xticks(list(rhos), [f"{rho:g}" for rho in rhos])
+    ax.tick_params(labelsize="small")
     ax.minorticks_off()
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", color="#e5e5e5", linewidth=0.8)
@@ -94,11 +95,11 @@ def _draw_validation(ax: Any, sweep: RhoSweep) -> None:
 
     edge, marker, offset = (0.03, "v", 7) if sweep.mode == "max" else (0.97, "^", -14)
     for row in sweep.table:
-        if row not in shown:
+        if not distances[row.rho] <= reach:
             collapsed = math.isfinite(row.validation)
             place = {"transform": ax.get_xaxis_transform(), "color": _BLUE if collapsed else _GREY}
             ax.plot([row.rho], [edge], marker if collapsed else "x", clip_on=False, **place)
-            text = f"{row.validation:.2g}" if collapsed else "diverged"
+            text = f"{row.validation:.3g}" if collapsed else "diverged"
             ax.annotate(
                 text,
                 (row.rho, edge),
@@ -112,10 +113,14 @@ def _draw_validation(ax: Any, sweep: RhoSweep) -> None:
 
 
 def _draw_sharpness(ax: Any, sweep: RhoSweep) -> None:
+    from matplotlib.ticker import LogLocator
+
     table = [row for row in sweep.table if math.isfinite(row.sharpness)]
     _points(ax, [(row.rho, row.sharpness, row.sharpness_error) for row in table], colour=_RED)
     if table and all(row.sharpness > 0 for row in table):
-        ax.set_yscale("log")
+        ax.set_yscale("log", subs=[])
+        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        ax.yaxis.set_major_formatter("{x:g}")
 
 
 def _points(ax: Any, points: Sequence[tuple[float, float, float]], *, colour: str) -> None:

@@ -34,7 +34,8 @@ def named_weights(model: nn.Module, params: Iterable[Tensor] | None) -> Weights:
 def sample_losses(
     model: nn.Module, loss_fn: LossFn, data: Data, device: torch.device
 ) -> Iterator[Callable[[Callable[[], Weights]], Iterator[Tensor]]]:
-    """Gives a function: one pass over the data, with weights that it asks for once a batch, to the losses [B] of each.
+    """Gives a function: one pass over the data, with weights that it asks for once a batch, to the losses [B] of each,
+    in float64 on the CPU.
 
     Within the block the model is in eval mode and no gradients are recorded. Afterwards the mode of each submodule,
     weights, gradients, buffers and the global random state are as they were.
@@ -59,7 +60,7 @@ def sample_losses(
             losses = loss_fn(functional_call(model, {**weights(), **buffers}, arguments), targets)
             if losses.ndim != 1:
                 raise ValueError(f"loss_fn must return one loss a sample, [B], got shape {list(losses.shape)}.")
-            yield losses
+            yield losses.cpu().double()  # some devices have no float64
 
     training = {module: module.training for module in model.modules()}
     model.eval()

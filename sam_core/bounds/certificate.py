@@ -123,15 +123,16 @@ def certify_risk(
         def draw(sigma: float, num_draws: int) -> _Risk:
             return _measure(one_pass, lambda: _draw(weights, sigma, generator), num_draws, at_weights.num_losses)
 
-        sigma = min(sigmas)
-        for candidate in sorted(sigmas, reverse=True):
+        *wider, sigma = sorted(sigmas, reverse=True)
+        for candidate in wider:
             if draw(candidate, _PILOT_DRAWS).mean - at_weights.mean <= max_rise:
                 sigma = candidate
                 break
         risk = draw(sigma, num_draws)
 
     num_params = sum(weight.numel() for weight in weights.values())
-    distance = sum(float((weights[name].double() - prior[name].double()).square().sum()) for name in weights)
+    moves = (weights[name].cpu().double() - prior[name].cpu().double() for name in weights)
+    distance = sum(float(move.square().sum()) for move in moves)
     kl, prior_sigma = min((isotropic_gaussian_kl(distance, num_params, sigma**2, p**2), p) for p in prior_sigmas)
     empirical_risk_bound = binary_kl_inverse(risk.mean, math.log(1 / mc_delta) / risk.num_draws)
     certificate = RiskCertificate(
@@ -174,11 +175,11 @@ def _measure(
     total, num_losses, largest = 0.0, 0, 1
     while True:
         seen = 0
-        for losses in one_pass(weights):
+        for losses in one_pass(weights):  # of float64, on the CPU
             low, high = (float(value) for value in losses.aminmax()) if len(losses) else (0.0, 0.0)
             if not 0 <= low <= high <= 1:  # also NaN
                 raise ValueError(f"loss_fn must return losses in [0, 1], got one of {low if not low >= 0 else high!r}.")
-            total += float(losses.double().sum())
+            total += float(losses.sum())
             seen += len(losses)
             largest = max(largest, len(losses))
         if seen != (num_samples or seen) or not seen:

@@ -139,7 +139,7 @@ def measure_description_length(
     with sample_losses(model, loss_fn, data, device) as one_pass:
 
         def mean_loss(values: Weights) -> float:
-            losses = torch.cat([batch.double() for batch in one_pass(lambda: values)])
+            losses = torch.cat(list(one_pass(lambda: values)))
             return float(losses.mean())
 
         loss = mean_loss(weights)
@@ -161,7 +161,7 @@ def _round(weight: Tensor, bits: int) -> Tensor:
     """To the nearest of 2^bits even levels over the tensor's range; levels are computed in float64."""
     if weight.numel() == 0:
         return weight
-    values = weight.double()
+    values = weight.cpu().double()  # some devices have no float64
     low, high = values.aminmax()
     if bits == 0:
         return torch.full_like(weight, float(low + high) / 2)
@@ -169,4 +169,4 @@ def _round(weight: Tensor, bits: int) -> Tensor:
     if step == 0:
         return weight
     rounded: Tensor = low + ((values - low) / step).round() * step
-    return rounded.to(weight.dtype)
+    return rounded.to(weight)

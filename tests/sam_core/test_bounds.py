@@ -76,7 +76,7 @@ def test_inverses_are_never_inside_the_true_interval_and_hardly_outside():
 
 
 def test_inverse_where_the_classic_midpoint_is_too_low():
-    """A bracket of 1e-6 and its middle, as is often seen, falls short of the true inverse in about half of all cases."""
+    """The middle of a bracket of 1e-6, as is often seen, falls short of the true inverse in half of all cases."""
 
     def midpoint(q, c):
         low, high = q, 1.0

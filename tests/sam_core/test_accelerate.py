@@ -110,9 +110,8 @@ def test_prepared_is_the_plain_loop(method):
     assert run.net[1].num_batches_tracked == 3
 
 
-@pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize(("method", "clean"), [*((method, False) for method in DEFAULTS), ("msam", True)])
-def test_resume_from_saved_state_is_the_uninterrupted_run(method, base, clean, tmp_path):
+def test_resume_from_saved_state_is_the_uninterrupted_run(method, clean, tmp_path, base="adamw"):
     """With dropout; three steps before, so that LookSAM, k = 2, is between two SAM steps; MSAM saved at w or moved."""
     run = Run(method, base)
     run.epoch()

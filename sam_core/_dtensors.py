@@ -32,7 +32,7 @@ class Share(NamedTuple):
     device_type: str = ""  # of these groups
 
     def add(self, value: Tensor) -> Tensor:
-        """Sum over the ranks."""
+        """Sum of a new tensor [] over the ranks; it is written to."""
         return self._reduce(value, "SUM")
 
     def combine(self, norm: Tensor, order: float) -> Tensor:
@@ -49,7 +49,8 @@ class Share(NamedTuple):
 
         device, op = value.device, getattr(dist.ReduceOp, operation)
         for group in self.groups:
-            value = value.to(self.device_type) if value.device.type != self.device_type else value.clone()
+            if value.device.type != self.device_type:  # shards may be kept on the CPU
+                value = value.to(self.device_type)
             dist.all_reduce(value, op, group=group)
         return value.to(device)
 
@@ -66,7 +67,7 @@ def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
 
 
 def split(tensors: Sequence[Tensor]) -> list[Share]:
-    """The list by mesh; an entry that several ranks hold is on one of them alone, and tensors there are not empty."""
+    """The list by mesh; a tensor that several ranks hold counts as empty on all but one of them."""
     plain = [tensor for tensor in tensors if not is_dtensor(tensor)]
     shares = [Share(plain)] if plain else []
     meshes: dict[Any, list[DTensor]] = {}

@@ -232,6 +232,12 @@ def test_factor_that_nobody_waits_for(dtype, size, maximize):
         assert move.factor == 0
 
 
+def test_factor_of_a_subnormal_norm_is_finite():
+    grad = torch.tensor([3e-45, 4e-45])
+    (move,) = find_moves([L2Ascent(rho=0.05)], [[grad]], [[grad]], norm=torch.tensor(5e-45), wait=False)
+    assert move.factor.isfinite()
+
+
 def test_moves_compile_into_one_graph():
     def ascend(params, grads):
         moves = find_moves(

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import logging
+from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from sam_cases import (
     DEFAULTS,
@@ -19,7 +22,15 @@ from sam_cases import (
     make_model,
     true_perturbation,
 )
-from sam_core import SAM, disable_running_stats, enable_running_stats, train_sam_with_accumulation, train_with_sam
+from sam_core import (
+    SAM,
+    disable_running_stats,
+    enable_running_stats,
+    make_closures,
+    train_sam_with_accumulation,
+    train_with_sam,
+)
+from sam_core.training import check_ranks_agree, train_sam_distributed
 
 
 def make_normed_model():
@@ -126,11 +137,13 @@ def test_m_sharpness_gives_each_part_its_own_perturbation(method):
         torch.testing.assert_close(actual, start - 0.1 * grad, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("answer", ["skip", "raise", "scaler"])
 @pytest.mark.parametrize("bad_call", [1, 2, 3, 4])
-def test_m_sharpness_skips_a_step_with_one_bad_part(bad_call):
+def test_m_sharpness_skips_a_step_with_one_bad_part(bad_call, answer):
     model, calls = make_model(), []
-    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1, nonfinite="skip")
-    before, closure = copies(model), make_closure(model)
+    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1, nonfinite="skip" if answer == "skip" else "raise")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10) if answer == "scaler" else None
+    before, closure = copies(model), make_closure(model, scaler=scaler)
 
     def spoiled():
         loss = closure()
@@ -139,9 +152,69 @@ def test_m_sharpness_skips_a_step_with_one_bad_part(bad_call):
             model[0].bias.grad.fill_(float("nan"))
         return loss
 
-    optimizer.step_m_sharpness([spoiled, spoiled])
-    assert optimizer.num_skipped == 1
+    if answer == "raise":
+        with pytest.raises(FloatingPointError, match=r"^the gradient of parameter 1 .* is not finite at w"):
+            optimizer.step_m_sharpness([spoiled, spoiled])
+    else:
+        optimizer.step_m_sharpness([spoiled, spoiled], grad_scaler=scaler)
+    assert optimizer.num_skipped == (answer != "raise")
     assert_bitwise(copies(model), before)
+    if scaler is not None:
+        scaler.update()
+        assert scaler.get_scale() == 2.0**9
+    optimizer.step_m_sharpness([closure], grad_scaler=scaler)
+    assert not torch.equal(copies(model)[0], before[0])
+
+
+def test_m_sharpness_with_a_loss_scaler():
+    loader, models = [(x.float(), y) for x, y in make_loader()], []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**10)):
+        models.append(make_model(torch.float32))
+        optimizer = SAM(models[-1].parameters(), torch.optim.SGD, lr=0.1, max_grad_norm=0.1)
+        train_sam_with_accumulation(models[-1], loader, optimizer, 3, m_sharpness=True, grad_scaler=scaler)
+    assert_bitwise(copies(models[0]), copies(models[1]))
+
+
+def test_m_sharpness_leaves_groups_out_as_a_step_does():
+    models, batch = [make_model(), make_model()], make_batch()
+    for model in models:
+        groups = [{"params": model[0].parameters(), "perturb": False}, {"params": model[2].parameters()}]
+        optimizer, closure = SAM(groups, torch.optim.SGD, lr=0.1), make_closure(model, batch)
+        for _ in range(3):
+            optimizer.step(closure) if model is models[0] else optimizer.step_m_sharpness([closure])
+    assert_bitwise(copies(models[0]), copies(models[1]))
+
+
+def test_m_sharpness_without_a_radius_is_the_base_optimizer_in_one_pass():
+    loader, model, plain = make_loader(), make_model(), make_model()
+    optimizer, calls = SAM(model.parameters(), torch.optim.SGD, rho=0.0, lr=0.1), []
+    parts = make_closures(model, loader, nn.functional.cross_entropy, optimizer)
+    loss = optimizer.step_m_sharpness([lambda part=part: (calls.append(1), part())[1] for part in parts])
+    assert len(calls) == len(loader)
+    base = torch.optim.SGD(plain.parameters(), lr=0.1)
+    total = sum(part() for part in make_closures(plain, loader, nn.functional.cross_entropy, optimizer))
+    base.step()
+    assert loss == total
+    assert_bitwise(copies(model), copies(plain))
+
+
+def test_m_sharpness_comes_back_when_a_closure_raises():
+    model, calls = make_model(), []
+    optimizer, before, closure = SAM(model.parameters(), torch.optim.SGD, lr=0.1), copies(model), make_closure(model)
+
+    def failing():
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return closure()
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step_m_sharpness([failing, failing])
+    assert_bitwise(copies(model), before)
+    closure()
+    optimizer.first_step()
+    with pytest.raises(RuntimeError, match=r"^step_m_sharpness must not follow first_step; call second_step, or"):
+        optimizer.step_m_sharpness([closure])
 
 
 def test_accumulation_refuses():
@@ -154,9 +227,45 @@ def test_accumulation_refuses():
         train_sam_with_accumulation(model, [], sam)
     with pytest.raises(ValueError, match=r"^optimizer must be SAM or ASAM with m_sharpness=True, got GSAM\.$"):
         train_sam_with_accumulation(model, make_loader(), gsam, m_sharpness=True)
-    with pytest.raises(ValueError, match=r"^grad_scaler must be None with m_sharpness=True\.$"):
-        train_sam_with_accumulation(
-            model, make_loader(), sam, m_sharpness=True, grad_scaler=torch.amp.GradScaler("cpu")
-        )
     with pytest.raises(ValueError, match=r"^closures must hold at least one micro-batch, got none\.$"):
         sam.step_m_sharpness([])
+
+
+# One rank; several are in test_ddp.py ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_distributed_loop_in_one_process(method, one_rank, caplog):
+    loader, models = [make_batch(seed) for seed in range(3)], [make_model(), make_model(), make_model()]
+    samples = partial(nn.functional.cross_entropy, reduction="none")
+    loss_fn = samples if method == "efficientsam" else nn.functional.cross_entropy
+    optimizers = [METHODS[method](model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9) for model in models]
+    losses = [optimizers[0].step(make_closure(models[0], batch, method=method)) for batch in loader]
+    with caplog.at_level(logging.INFO, logger="sam_core.training.distributed"):
+        assert train_sam_distributed(models[1], loader, optimizers[1], "cpu", loss_fn) is models[1]
+        train_sam_distributed(DistributedDataParallel(models[2]), loader, optimizers[2], loss_fn=loss_fn)
+    assert [record.message for record in caplog.records] == 2 * [f"loss {sum(losses) / 3:.4f}"]
+    for model in models[1:]:
+        assert_bitwise(copies(model), copies(models[0]))
+
+
+def test_accumulation_leaves_ranks_to_the_distributed_loop(one_rank):
+    model = DistributedDataParallel(make_model())
+    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    with pytest.raises(ValueError, match=r"^model must not be a DistributedDataParallel: train it with train_sam_"):
+        train_sam_with_accumulation(model, make_loader(), optimizer)
+
+
+def test_without_a_process_group_there_is_nothing_to_agree_on():
+    model = make_model()
+    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    train_sam_distributed(model, iter(make_loader()), optimizer)
+    for values in (model, optimizer, copies(model), dict(model.named_parameters())):
+        check_ranks_agree(values)

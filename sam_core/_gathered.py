@@ -8,27 +8,47 @@ step make the second gradient be taken at w, or the next step at w + perturbatio
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from sam_core._dtensors import all_plain
 
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+
 
 def forget_gathered(params: Collection[Tensor]) -> None:
-    """Let the next forward gather these parameters anew; does nothing for those that no ``fully_shard`` holds.
+    """Let the next forward gather these parameters anew; does nothing for those that no ``fully_shard`` holds."""
+    if all_plain(params):
+        return
+    written = set(map(id, params))
+    for module, group in _gathered_groups():
+        if any(id(held.sharded_param) in written for held in group.fsdp_params):
+            module.reshard()
 
-    Torch has no public way from a parameter to the module that gathers it.
-    """
-    if all_plain(params) or "torch.distributed.fsdp" not in sys.modules:
+
+def check_sharded(params: Collection[Tensor]) -> None:
+    """Raise ValueError for whole copies of parameters: they get no gradient, and are no more after the backward."""
+    given = set(map(id, params))
+    for module, group in _gathered_groups():
+        if any(id(held.unsharded_param) in given for held in group.fsdp_params):
+            raise ValueError(
+                "params must be the shards that fully_shard made, got weights that a forward gathered from them: "
+                f"call reshard() of the {type(module).__name__} before model.parameters()."
+            )
+
+
+def _gathered_groups() -> Iterator[tuple[FSDPModule, Any]]:
+    """All FSDP2 modules whose weights are gathered now; torch has no public way to them from a parameter."""
+    if "torch.distributed.fsdp" not in sys.modules:
         return
     from torch.distributed._composable_state import _module_state_mapping
     from torch.distributed.fsdp import FSDPModule
 
-    written = set(map(id, params))
     for module in list(_module_state_mapping):
-        if isinstance(module, FSDPModule) and any(
-            not group.is_sharded and any(id(held.sharded_param) in written for held in group.fsdp_params)
-            for group in module._get_fsdp_state()._fsdp_param_groups
-        ):
-            module.reshard()
+        if isinstance(module, FSDPModule):
+            for group in module._get_fsdp_state()._fsdp_param_groups:
+                if not group.is_sharded:
+                    yield module, group

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from sam_core import _tensors
 from sam_core._checks import check_in, check_positive
 from sam_core._dtensors import is_dtensor
-from sam_core._gathered import forget_gathered
+from sam_core._gathered import check_sharded, forget_gathered
 from sam_core.optimizers.wrapper import OptimizerWrapper
 
 
@@ -80,6 +80,7 @@ class GuardedOptimizer(OptimizerWrapper):
         """
         check_in("perturb", param_group.get("perturb", True), (True, False))
         super().add_param_group(param_group)
+        check_sharded(self.param_groups[-1]["params"])
 
     def _update(self, norm: Tensor) -> None:
         """The descent rule: step with the gradients in ``.grad``, which are unscaled, finite and of this global norm.

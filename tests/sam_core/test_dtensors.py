@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -252,6 +253,27 @@ def test_moves_compile_into_one_graph():
 
 
 # What a rank cannot do ------------------------------------------------------------------------------------------------
+
+
+def test_gathered_weights_are_given_up_when_their_shards_move(mesh):
+    model = fully_shard(nn.Linear(3, 2), mesh=mesh)
+    params, inputs = list(model.parameters()), torch.ones(4, 3)
+    with torch.no_grad():
+        model(inputs)
+        assert not any(isinstance(p, DTensor) for p in model.parameters())
+        perturb(params, [torch.ones_like(p) for p in params])
+        assert all(isinstance(p, DTensor) for p in model.parameters())
+        torch.testing.assert_close(model(inputs), inputs @ params[0].full_tensor().T + params[1].full_tensor())
+
+
+def test_gathered_weights_cannot_be_trained(mesh):
+    model = fully_shard(nn.Linear(3, 2), mesh=mesh)
+    with torch.no_grad():
+        model(torch.ones(4, 3))
+    with pytest.raises(ValueError, match=r"^params must be the shards .* call reshard\(\) of the FSDPLinear before"):
+        SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    model.reshard()
+    SAM(model.parameters(), torch.optim.SGD, lr=0.1)
 
 
 @pytest.mark.parametrize("method", [SAM, EfficientSAM])

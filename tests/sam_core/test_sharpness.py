@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sam_cases import make_batch, make_model, true_perturbation
-from sam_core import compute_hessian_vector_product, compute_sam_sharpness, power_iteration_top_eigenvalue
+from sam_core import compute_hessian_vector_product, compute_sam_sharpness, power_iteration_top_eigenvalue, sharpness
 
 cross_entropy = nn.functional.cross_entropy
 
@@ -175,6 +175,20 @@ class Restless(nn.Module):
         return self.linear(x) + torch.randn(3)
 
 
+CHEAP = {
+    sharpness.power_iteration_top_eigenvalue: {"n_iterations": 3},
+    sharpness.compute_top_eigenvalues: {"k": 2, "max_products": 3},
+    sharpness.compute_hessian_trace: {"num_products": 6},
+    sharpness.compute_spectral_density: {"num_runs": 1, "num_steps": 2},
+    sharpness.compute_hessian: {},
+    sharpness.compute_hessian_sharpness: {"max_dense": 0, "num_trace_products": 2, "top_k": 1},
+    sharpness.compute_m_sharpness: {"m": 8},
+    sharpness.compute_worst_case_sharpness: {"num_steps": 2, "num_restarts": 1},
+    sharpness.compute_average_sharpness: {"num_draws": 2},
+    sharpness.compute_loss_landscape: {"num_points": 3},
+}
+
+
 @pytest.mark.parametrize("make", [TwoInputs, Restless])
 def test_model_is_left_exactly_as_found(make):
     model = make()
@@ -197,14 +211,17 @@ def test_model_is_left_exactly_as_found(make):
         )
 
     before = everything()
-    sharpness = [compute_sam_sharpness(model, cross_entropy, inputs, targets) for _ in range(2)]
+    rises = [compute_sam_sharpness(model, cross_entropy, inputs, targets) for _ in range(2)]
     with torch.no_grad():
         product = compute_hessian_vector_product(model, cross_entropy, inputs, targets, vector)
-    power_iteration_top_eigenvalue(model, cross_entropy, inputs, targets, n_iterations=3)
+    for measure, options in CHEAP.items():
+        results = [measure(model, cross_entropy, inputs, targets, **options) for _ in range(2)]
+        assert repr(results[0]) == repr(results[1]), measure  # nothing but the arguments decides
+        torch.testing.assert_close(everything(), before, rtol=0, atol=0)
     with pytest.raises(ZeroDivisionError):
         compute_sam_sharpness(model, lambda out, t: 1 / 0, inputs, targets)
     torch.testing.assert_close(everything(), before, rtol=0, atol=0)
-    assert sharpness[0] == sharpness[1]
+    assert rises[0] == rises[1]
     assert not product.requires_grad
 
 

@@ -41,7 +41,7 @@ def norm(tensors: Sequence[Tensor], *, foreach: bool | None = None, wait: bool =
         return torch.zeros(())
     shares, device = _shares(tensors), tensors[0].device
     total = _total(shares, 2.0, device, foreach)
-    if not wait or (math.isfinite(total) and total > torch.finfo(torch.float32).tiny ** 0.5):
+    if not wait or torch.finfo(torch.float32).tiny ** 0.5 < float(total) < math.inf:
         return total
     shares = [s._replace(tensors=[x if x.numel() > 0 else x.new_zeros(1) for x in s.tensors]) for s in shares]
     largest = _total(shares, math.inf, device, foreach)

@@ -115,7 +115,7 @@ def find_moves(
 
     def factor(rule: L2Ascent) -> float | Tensor:
         if isinstance(length, Tensor):
-            size: float | Tensor = (rule.rho / length).clamp(max=limit).where(length != 0, 0.0)
+            size: float | Tensor = (rule.rho / length).clamp(max=limit).masked_fill(length == 0, 0.0)
         else:
             size = min(rule.rho / length, limit) if length != 0 else 0.0
         return -size if rule.maximize else size

@@ -67,4 +67,4 @@ class ASAM(SAM):
             rules += [self._rule(group), self._rule({**group, "adaptive": False})]
             parts += [[pair for pair in pairs if (pair[0] in weights) == chosen] for chosen in (True, False)]
         split_grads, split_params = [[g for _, g in part] for part in parts], [[p for p, _ in part] for part in parts]
-        return find_moves(rules, split_grads, split_params, foreach=self.foreach)
+        return find_moves(rules, split_grads, split_params, foreach=self.foreach, wait=self._waits)

@@ -87,4 +87,4 @@ class WSAM(TwoPassOptimizer):
         for group, weight, pair, rise in zip(self.param_groups, weights, pairs, rises, strict=True):
             _tensors.add_(rise, pair.descent_grads, alpha=-1.0, foreach=self.foreach)  # g_s - g, both clipped
             downhill = 1.0 if group.get("maximize", False) else -1.0
-            _tensors.add_(pair.params, rise, alpha=downhill * weight * float(group["lr"]), foreach=self.foreach)
+            _tensors.add_(pair.params, rise, alpha=downhill * weight * group["lr"], foreach=self.foreach)

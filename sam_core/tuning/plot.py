@@ -109,6 +109,7 @@ def _draw_validation(ax: Any, sweep: RhoSweep) -> None:
                 ha="center",
                 fontsize="small",
                 color=place["color"],
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
             )
 
 

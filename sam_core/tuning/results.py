@@ -7,6 +7,8 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sam_core._checks import check_in
+
 # Student's t: 97.5 % quantile by degrees of freedom, from 1; beyond the last one it is a little too wide.
 _T = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
@@ -56,8 +58,11 @@ class RhoSweep:
     """Result of :func:`sweep_rho`.
 
     Args:
-        runs: of every rho the same seeds.
+        runs: of every rho the same seeds, in any order.
         mode: "max" if a large validation value is good, "min" if a small one is.
+
+    Raises:
+        ValueError: for a bad mode, or a pair of rho and seed that is missing or twice there.
 
     Example:
         >>> values = {0.0: (0.90, 0.92), 0.1: (0.93, 0.94), 0.2: (0.89, 0.93)}
@@ -77,6 +82,12 @@ class RhoSweep:
 
     runs: tuple[RhoRun, ...]
     mode: str
+
+    def __post_init__(self) -> None:
+        check_in("mode", self.mode, ("max", "min"))
+        pairs, wanted = {(run.rho, run.seed) for run in self.runs}, len(self.rhos) * len(self.seeds)
+        if not len(pairs) == len(self.runs) == wanted > 0:
+            raise ValueError(f"runs must hold every pair of rho and seed once, {wanted} runs, got {len(self.runs)}.")
 
     @property
     def rhos(self) -> tuple[float, ...]:

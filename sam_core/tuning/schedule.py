@@ -75,7 +75,7 @@ class RhoScheduler:
         rho_t = rho f_1(t) f_2(t) ...  (lr_t / lr_max if follow_lr),    t the number of calls of :meth:`step`
 
     rho is each group's own, as it was given to the optimizer; without factors it stays constant. The tie to the
-    learning rate is that of GSAM (Zhuang et al. 2022, section 4.2) with rho_min = 0: whatever moves the learning rate,
+    learning rate is that of GSAM (Zhuang et al. 2022) with rho_min = 0: whatever moves the learning rate,
     a warm-up or a plateau, moves rho in proportion.
 
     Make it after the scheduler of the learning rate and call it after that one, once a step or once an epoch:

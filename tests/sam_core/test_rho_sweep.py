@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -54,6 +55,25 @@ def test_the_table_is_numpys(mode):
             assert mean == pytest.approx(column.mean(), rel=1e-12)
             assert error == pytest.approx(column.std(ddof=1) / 2, rel=1e-9, abs=1e-15)
     assert sweep.best().rho == (0.2 if mode == "max" else 0.4)
+
+
+def test_gains_are_paired_by_seed_whatever_the_order_of_runs():
+    sweep = sweep_rho(train, RHOS, seeds=SEEDS)
+    order = np.random.default_rng(1).permutation(len(sweep.runs))
+    assert RhoSweep(runs=tuple(sweep.runs[i] for i in order), mode="max").table == sweep.table
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ([], r"runs must hold every pair of rho and seed once, 0 runs, got 0\."),
+        ([(0.0, 0), (0.0, 1), (0.1, 0)], r"runs must hold every pair of rho and seed once, 4 runs, got 3\."),
+        ([(0.0, 0), (0.0, 0)], r"runs must hold every pair of rho and seed once, 1 runs, got 2\."),
+    ],
+)
+def test_a_pair_that_is_missing_or_twice_there_is_refused(pairs, message):
+    with pytest.raises(ValueError, match=message):
+        RhoSweep(runs=tuple(RhoRun(rho=rho, seed=seed, validation=1.0) for rho, seed in pairs), mode="max")
 
 
 def test_of_equal_rhos_the_smallest_is_best():
@@ -187,6 +207,21 @@ def test_a_file_of_other_settings_is_refused_and_kept(tmp_path):
         sweep_rho(train, RHOS[:2], seeds=(0,), file=file, settings={"epochs": 6, "sizes": (1, 2)})
     assert file.read_bytes() == before
     sweep_rho(counted([], stop=0), RHOS[:2], seeds=(0,), file=file, settings={"epochs": 5, "sizes": [1, 2]})
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one_and_no_other(tmp_path, monkeypatch):
+    file = tmp_path / "sweep.json"
+    sweep_rho(train, RHOS[:1], seeds=(0,), file=file)
+    before = file.read_bytes()
+
+    def full(self, target):
+        raise OSError("no space")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="no space"):
+        sweep_rho(train, RHOS[:2], seeds=(0,), file=file)
+    assert file.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_a_run_that_diverged_is_kept_as_such(tmp_path):

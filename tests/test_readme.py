@@ -30,6 +30,9 @@ def test_the_readme_example_runs(
     assert "torch.Size" in capsys.readouterr().out
 
 
+# Lightning's: what it uses of torch and torch is about to remove, and advice that does not fit five batches.
+@pytest.mark.filterwarnings("ignore:.*treespec.* is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*smaller than the logging interval")
 @pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.stem)
 def test_the_examples_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_examples(page, tmp_path, monkeypatch)

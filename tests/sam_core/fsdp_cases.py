@@ -31,6 +31,7 @@ CASES = [
     *((method, "adamw", "clipped") for method in ("sam", "wsam", "gsam", "looksam", "msam")),
     *((method, "sgd", variant) for method in ("sam", "asam") for variant in ("accumulated", "mixed", "offloaded")),
     *((method, "adamw", "mixed") for method in ("gsam", "friendlysam", "msam")),
+    *((method, "sgd", variant) for method in ("sam", "gsam") for variant in ("scaled", "unfreed")),
     *((method, "sgd", "reloaded") for method in ("sam", "msam")),
 ]
 HSDP_CASES = [(method, "sgd", "plain") for method in ("sam", "asam", "gsam", "looksam", "friendlysam", "msam")]
@@ -74,13 +75,19 @@ def make_batch(step: int, rank: int | None) -> tuple[Tensor, Tensor]:
 
 
 def shard(model: nn.Module, variant: str = "plain", mesh=None) -> None:
-    """Two FSDP units; ``kept``: weights stay gathered; ``mixed``: the root's own parameters stay plain tensors."""
+    """Two FSDP units.
+
+    ``kept``: weights stay gathered after a forward; ``unfreed``: also after the backward; ``mixed``: the root's own
+    parameters stay plain tensors; ``offloaded``: shards are kept on the CPU.
+    """
     options = {"mesh": mesh, "reshard_after_forward": False if variant == "kept" else None}
     if variant == "offloaded":
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
     fully_shard(model.block, **options)
     if variant != "mixed":
         fully_shard(model, **options)
+    if variant == "unfreed":
+        model.set_reshard_after_backward(False)
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -106,6 +113,7 @@ def train(method: str, base: str, variant: str, rank: int | None = None, mesh=No
     build = METHODS[method]
     if method == "efficientsam" and rank is None:
         build = partial(Halves, **DEFAULTS[method])
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2, enabled=variant == "scaled")
     optimizer = build(params, BASES[base][0], **options)
     seen: dict[str, list] = {"weights": [], "norms": []}
     for step in range(NUM_STEPS):
@@ -120,12 +128,13 @@ def train(method: str, base: str, variant: str, rank: int | None = None, mesh=No
             for number, part in enumerate(parts, start=1):
                 if rank is not None and variant == "accumulated":
                     model.set_requires_gradient_sync(number == len(parts))
-                backward(losses(part).sum() / len(inputs), params)
+                backward(scaler.scale(losses(part).sum() / len(inputs)), params)
             if variant == "kept":  # a metric; it leaves the weights of this point gathered
                 with torch.no_grad():
                     losses()
 
-        optimizer.step(losses if optimizer.takes_sample_losses else closure)
+        optimizer.step(losses if optimizer.takes_sample_losses else closure, grad_scaler=scaler)
+        scaler.update()
         seen["norms"].append(float(_tensors.norm([p.grad for p in params if p.grad is not None])))
         with optimizer.at_weights(), torch.no_grad():
             seen["weights"].append([full(p) for p in params])

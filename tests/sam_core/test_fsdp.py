@@ -14,6 +14,7 @@ from torch import nn
 
 import sam_core
 from fsdp_cases import CASES, FSDP2, HSDP_CASES, NUM_STEPS, make_batch, make_net, train, train_normed
+from fsdp_ranks import PASSES
 from sam_cases import METHODS
 from sam_core import _tensors
 
@@ -105,11 +106,8 @@ def test_collectives_of_a_step(ranks, method):
     assert ranks[0]["counts"][method] == {**expected, "allreduce_": NUM_SUMS[method], "largest": 1}
 
 
-@pytest.mark.parametrize("bad_pass", [1, 2])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "bad_pass"), PASSES)
 def test_a_bad_gradient_on_one_rank_stops_all_ranks(ranks, method, bad_pass):
-    if (method, bad_pass) == ("msam", 2):
-        pytest.skip("MSAM takes one pass")
     for results in ranks:
         skip = results["skips"][method, bad_pass]
         assert skip["skipped"] == 1

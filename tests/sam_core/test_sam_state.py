@@ -176,6 +176,20 @@ def test_state_that_the_base_optimizer_makes_on_construction_is_kept():
     assert optimizer.state is optimizer.base_optimizer.state
 
 
+def test_a_group_added_to_the_base_optimizer_has_the_methods_options():
+    model, extra = make_model(), nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.2, lr=0.1)
+    optimizer.base_optimizer.add_param_group({"params": [extra]})
+    assert (optimizer.param_groups[1]["rho"], optimizer.param_groups[1]["perturb"]) == (0.2, True)
+
+    def closure():
+        make_closure(model)()
+        extra.square().sum().backward()
+
+    optimizer.step(closure)
+    assert not torch.equal(extra, torch.ones_like(extra))
+
+
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
 def test_copies_step_alone(way):
     model = make_model()

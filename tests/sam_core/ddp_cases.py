@@ -21,6 +21,7 @@ LOOPS: dict[str, dict[str, Any]] = {
     "accumulated, sync": {"accumulation_steps": 2, "sync_ascent": True},
     "m-sharpness": {"accumulation_steps": 2, "m_sharpness": True},
 }
+LOOP_METHODS = dict.fromkeys(LOOPS, ("sam", "asam", "gsam", "looksam", "msam")) | {"m-sharpness": ("sam", "asam")}
 
 
 def batch_of(step: int, rank: int) -> tuple[Tensor, Tensor]:

@@ -94,7 +94,9 @@ def build(method: str, base: str, params: Any, **options: Any) -> Any:
     return METHODS[method](params, kind, lr=1e-6, **base_options, **options)
 
 
-def make_step(optimizer: Any, losses: Callable[[], Tensor], context: Any = None) -> Callable[[], object]:
+def make_step(
+    optimizer: Any, losses: Callable[[], Tensor], context: Any = None, scaler: torch.amp.GradScaler | None = None
+) -> Callable[[], object]:
     """One training step, for the profiler a "step" with "closure"s in it; ``losses()`` gives one loss a sample [B]."""
 
     def closure(indices: Tensor | None = None) -> Tensor:
@@ -102,13 +104,15 @@ def make_step(optimizer: Any, losses: Callable[[], Tensor], context: Any = None)
             values = losses() if indices is None else losses()[indices]
             if getattr(optimizer, "takes_sample_losses", False):
                 return values
-            torch.autograd.backward(values.mean())
+            torch.autograd.backward(values.mean() if scaler is None else scaler.scale(values.mean()))
             return values.detach()
 
     def step() -> None:
         with record_function("step"):
             if isinstance(optimizer, OptimizerWrapper):
-                optimizer.step(closure, ascent_context=context)
+                optimizer.step(closure, ascent_context=context, grad_scaler=scaler)
+                if scaler is not None:
+                    scaler.update()
             else:
                 optimizer.zero_grad()
                 closure()
@@ -150,6 +154,7 @@ def _make_single(
     dtype: torch.dtype = torch.float32,
     foreach: bool = True,
     autocast: torch.dtype | None = None,
+    scaler: torch.amp.GradScaler | None = None,
     **options: Any,
 ) -> tuple[Callable[[], object], object]:
     model = matrices(dtype=dtype)
@@ -161,7 +166,7 @@ def _make_single(
             outputs: Tensor = model(inputs)
         return outputs.float().square().mean(1)
 
-    return make_step(optimizer, losses), (model, optimizer)
+    return make_step(optimizer, losses, scaler=scaler), (model, optimizer)
 
 
 def make_distributed(

@@ -25,6 +25,7 @@ from sam_core.planning import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "benchmarks"))
 
+import optimizer_scale
 from simulated_ranks import simulated_ranks
 from small_models import (
     FULL_PRECISION,
@@ -85,6 +86,14 @@ def test_memory_without_fused_lists_and_under_autocast(method):
     assert_close(measure_single(method, "adamw", foreach=False), estimate, rtol=0.05)
     estimate = estimate_memory(NUM_PARAMS, method, compute_dtype=BF16)
     assert_close(measure_single(method, "adamw", autocast=BF16), estimate, rtol=0.02)
+
+
+@pytest.mark.parametrize("method", ["sam", "gsam", "asam", "momentumsam"])
+def test_memory_with_a_loss_scaler(method):
+    """SGD, whose own step takes little, so that the move to w + e is the peak."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    measured = measure_single(method, "sgd", scaler=scaler, foreach=False)
+    assert_close(measured, estimate_memory(NUM_PARAMS, method, "sgd", grad_scaler=True, foreach=False), rtol=0.01)
 
 
 def test_looksam_with_k_of_one_keeps_nothing():
@@ -241,6 +250,12 @@ def test_step_seconds_by_hand():
     assert times["sam"] == pytest.approx((3, 4))  # a pass without, then one with
     assert times["gsam"] == pytest.approx((4, 6))
     assert times["looksam"] == pytest.approx((2.4, 3.6))
+
+
+def test_the_docs_hold_the_tables_that_the_benchmark_prints():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "scale.md").read_text(encoding="utf-8")
+    for title, lines in optimizer_scale.tables().items():
+        assert "\n".join(lines) in page, title
 
 
 # Recording ------------------------------------------------------------------------------------------------------------

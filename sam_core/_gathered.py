@@ -30,7 +30,14 @@ def forget_gathered(params: Collection[Tensor]) -> None:
 
 
 def check_sharded(params: Collection[Tensor]) -> None:
-    """Raise ValueError for whole copies of parameters: they get no gradient, and are no more after the backward."""
+    """Raise ValueError for whole copies of parameters: they get no gradient, and are no more after the backward.
+
+    And for those of FSDP1, plain tensors that hold a part of the weights: their norm would be another on each rank.
+    """
+    if any(getattr(param, "_fsdp_flattened", False) for param in params):
+        raise ValueError(
+            "params must not be those of FullyShardedDataParallel (FSDP1): shard with fully_shard instead."
+        )
     given = set(map(id, params))
     for module, group in _gathered_groups():
         if any(id(held.unsharded_param) in given for held in group.fsdp_params):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -61,6 +61,7 @@ class MemoryEfficientSAM(SAM):
         *,
         modules: Sequence[str | nn.Module] | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
+        ascent_context: Callable[[], AbstractContextManager[Any]] | AbstractContextManager[Any] | None = None,
     ) -> Tensor:
         """One whole step on a batch.
 
@@ -74,6 +75,7 @@ class MemoryEfficientSAM(SAM):
             modules: the modules that recompute their activations, themselves or by name; None: ``checkpoint_segments``
                 segments of a sequential model.
             grad_scaler: as for :meth:`step`.
+            ascent_context: as for :meth:`step`.
 
         Returns:
             The loss at w, detached.
@@ -93,5 +95,5 @@ class MemoryEfficientSAM(SAM):
                     torch.autograd.backward(loss if grad_scaler is None else grad_scaler.scale(loss))
             return loss.detach()
 
-        loss: Tensor = self.step(closure, grad_scaler=grad_scaler)
+        loss: Tensor = self.step(closure, grad_scaler=grad_scaler, ascent_context=ascent_context)
         return loss

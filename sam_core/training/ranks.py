@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from itertools import count
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -103,7 +103,7 @@ class Ranks(NamedTuple):
             ValueError: before the first batch; if a loader has no length, when the first of them ends.
         """
         rule = "train_loader must give equally many batches on each rank"
-        lengths = [int(length) for length in self.gather(len(loader) if isinstance(loader, Sized) else -1)]
+        lengths = [int(length) for length in self.gather(_length(loader))]
         if min(lengths) >= 0:
             if len(set(lengths)) > 1:
                 raise ValueError(f"{rule}, got {lengths}: use a DistributedSampler.")
@@ -120,6 +120,13 @@ class Ranks(NamedTuple):
                 raise ValueError(f"{rule}, got only {number} on ranks {ended}.")
             else:
                 return
+
+
+def _length(loader: Iterable[Batch]) -> int:
+    try:
+        return len(cast(Sized, loader))
+    except TypeError:  # also from a DataLoader, which has a length if its dataset has one
+        return -1
 
 
 def _grouped() -> bool:

@@ -129,6 +129,26 @@ def halves():
 
 
 @case
+def recomputed():
+    """MemoryEfficientSAM with activations that are forgotten, and a step as usual."""
+    seen = []
+    for forgets in (True, False):
+        model = Normed()
+        ddp = DDP(model)
+        optimizer = build("memoryefficientsam", model.parameters())
+        for step in range(STEPS):
+            batch = batch_of(step, RANK)
+            if forgets:
+                optimizer.step_with_checkpointing(
+                    ddp, *batch, cross_entropy, modules=[model.layers], ascent_context=ddp.no_sync
+                )
+            else:
+                optimizer.step(make_batch_closure(ddp, [batch], cross_entropy, optimizer), ascent_context=ddp.no_sync)
+        seen.append(copies(model) + [buffer.clone() for buffer in model.buffers()])
+    return seen
+
+
+@case
 def compiled():
     model = make_model()
     ddp = torch.compile(DDP(model), backend="eager")

@@ -10,7 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, IterableDataset
 
 from sam_cases import (
     DEFAULTS,
@@ -234,6 +236,13 @@ def test_accumulation_refuses():
 # One rank; several are in test_ddp.py ---------------------------------------------------------------------------------
 
 
+class Stream(IterableDataset):
+    """A dataset without a length."""
+
+    def __iter__(self):
+        return iter(make_loader())
+
+
 @pytest.fixture
 def one_rank():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -263,9 +272,22 @@ def test_accumulation_leaves_ranks_to_the_distributed_loop(one_rank):
         train_sam_with_accumulation(model, make_loader(), optimizer)
 
 
+@pytest.mark.parametrize("use_orig_params", [True, False])
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
+def test_parameters_of_fsdp1_are_refused(use_orig_params, one_rank):
+    model = FullyShardedDataParallel(make_model(), use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+    with pytest.raises(
+        ValueError, match=r"^params must not be those of FullyShardedDataParallel \(FSDP1\): shard with"
+    ):
+        SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+
+
 def test_without_a_process_group_there_is_nothing_to_agree_on():
     model = make_model()
     optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1)
-    train_sam_distributed(model, iter(make_loader()), optimizer)
+    for loader in (iter(make_loader()), DataLoader(Stream(), batch_size=None)):
+        before = copies(model)
+        train_sam_distributed(model, loader, optimizer)
+        assert not torch.equal(copies(model)[0], before[0])
     for values in (model, optimizer, copies(model), dict(model.named_parameters())):
         check_ranks_agree(values)

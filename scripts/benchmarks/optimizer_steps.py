@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from optimizer_ascent import interleaved
+from ascent_competitors import interleaved
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 

@@ -130,7 +130,7 @@ def _check_automatic(optimizer: OptimizerWrapper, trainer: Trainer) -> None:
     if optimizer.takes_sample_losses:
         raise ValueError(
             f"optimizer must take one loss a batch in automatic optimization, got {name}, which needs each sample's. "
-            "Set automatic_optimization = False and step self.optimizers().optimizer with a closure of its own."
+            "Set automatic_optimization = False and step self.optimizers(use_pl_optimizer=False) with its own closure."
         )
     if not isinstance(optimizer, TwoPassOptimizer):
         return

@@ -243,6 +243,26 @@ def test_an_error_in_the_second_pass_leaves_the_weights_at_w(tmp_path):
     assert net.layers[1].momentum == 0.1 and net.layers[1].track_running_stats
 
 
+def test_an_error_between_micro_batches_leaves_none_behind(tmp_path):
+    class Failing(Net):
+        fails = True
+
+        def forward(self, inputs, labels=None):
+            if self.num_calls == 1 and self.fails:
+                raise KeyError("second micro-batch")
+            return super().forward(inputs, labels)
+
+    net, reference = Failing(), Net()
+    trainer = make_trainer(net, tmp_path, "sam", gradient_accumulation_steps=2)
+    with pytest.raises(KeyError, match="second micro-batch"):
+        trainer.train()
+    net.fails = False
+    trainer.train()
+    reference.layers(make_batches()[0][0])  # what batch normalisation has seen
+    plain_loop(reference, "sam", accumulation=2)
+    assert_bitwise(state(net), state(reference))
+
+
 # MSAM's two sets of weights -------------------------------------------------------------------------------------------
 
 
@@ -281,6 +301,25 @@ def test_msam_is_clean_whenever_no_gradient_is_taken(tmp_path):
     trainer.save_model(str(tmp_path / "end"))
     saved = load_file(tmp_path / "end" / "model.safetensors")
     assert_bitwise([saved[name] for name, _ in net.named_parameters()], clean)
+
+
+def test_msam_is_clean_after_an_error(tmp_path):
+    class Failing(Net):
+        def forward(self, inputs, labels=None):
+            if self.num_calls == 3:
+                raise KeyError("fourth step")
+            clean.append(copies(self))
+            return super().forward(inputs, labels)
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            clean.append(copies(net))
+
+    net, clean = Failing(), []
+    with pytest.raises(KeyError, match="fourth step"):
+        make_trainer(net, tmp_path, "msam", callbacks=[Watch()]).train()
+    assert not torch.equal(clean[-2][0], clean[-1][0])
+    assert_bitwise(copies(net), clean[-1])
 
 
 def test_msam_ends_at_the_best_checkpoint(tmp_path):

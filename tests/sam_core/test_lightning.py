@@ -181,13 +181,13 @@ class Manual(Module):
         return make_optimizer(self.net, self.how[0])
 
     def training_step(self, batch):
-        optimizer = self.optimizers()
+        inner = self.optimizers(use_pl_optimizer=False)
         inputs, targets = batch
-        if optimizer.takes_sample_losses:
-            optimizer.optimizer.step(self.sample_losses(inputs, targets))
+        if inner.takes_sample_losses:
+            inner.step(self.sample_losses(inputs, targets))
         else:
             halves = list(zip(inputs.chunk(2), targets.chunk(2), strict=True))
-            optimizer.step(make_closure(self.net, halves, nn.functional.cross_entropy, optimizer.optimizer))
+            self.optimizers().step(make_closure(self.net, halves, nn.functional.cross_entropy, inner))
 
     def sample_losses(self, inputs, targets):
         def closure(indices=slice(None)):
@@ -202,12 +202,37 @@ def test_manual_optimization_accumulates_and_takes_samples(method):
     make_trainer(num_epochs=1).fit(module, make_loader())
     reference = Manual(method)
     optimizer = make_optimizer(reference.net, method)
-    reference.optimizers = lambda: optimizer
-    optimizer.optimizer = optimizer
+    reference.optimizers = lambda use_pl_optimizer=True: optimizer
     for batch in make_batches():
         reference.training_step(batch)
     assert_bitwise(state(module.net), state(reference.net))
     assert method == "efficientsam" or module.net[1].num_batches_tracked == 6
+
+
+def test_manual_optimization_in_two_halves():
+    """Of the optimizer itself, not of Lightning's view of it: LookSAM resumes exactly from what Lightning saves."""
+
+    class Halves(Manual):
+        def training_step(self, batch):
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            closure = make_closure(self.net, [batch], nn.functional.cross_entropy, optimizer)
+            optimizer.zero_grad()
+            closure()
+            if optimizer.second_pass_is_due():
+                optimizer.first_step(zero_grad=True)
+                closure()
+            optimizer.step()
+
+    module = Halves("looksam")
+    trainer = make_trainer(num_epochs=1)
+    trainer.fit(module, make_loader())
+    net = make_net()
+    optimizer = make_optimizer(net, "looksam")
+    for batch in make_batches():
+        optimizer.step(make_closure(net, [batch], nn.functional.cross_entropy, optimizer))
+    assert_bitwise(state(module.net), state(net))
+    saved, expected = trainer.optimizers[0].state_dict()["state"], optimizer.state_dict()["state"]
+    assert_bitwise(*([state[number]["sam_core.flat_grad"] for number in state] for state in (saved, expected)))
 
 
 # MSAM's two sets of weights -------------------------------------------------------------------------------------------
@@ -258,6 +283,33 @@ def test_msam_is_clean_whenever_no_gradient_is_taken(tmp_path):
     assert_bitwise(watch.seen["validation"][-1], clean)
     for actual, expected in zip(copies(module.net), ema, strict=True):  # the callback leaves its average in the module
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_msam_with_the_trainers_clipping_and_loss_scaler():
+    """Its only pass is where Lightning takes gradients, whoever scales and clips them."""
+    batches = [(inputs.float(), targets) for inputs, targets in make_batches()]
+    module = Module("msam")
+    module.float()
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))
+    trainer = make_trainer(num_epochs=1, plugins=[plugin], gradient_clip_val=0.1)
+    trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
+
+    net, scaler = make_net(torch.float32), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizer = make_optimizer(net, "msam")
+    scheduler = make_scheduler(optimizer)
+    for inputs, targets in batches:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16, cache_enabled=False):
+            loss = nn.functional.cross_entropy(net(inputs), targets)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        assert nn.utils.clip_grad_norm_(net.parameters(), 0.1) > 0.1
+        scaler.step(optimizer)
+        scaler.update()
+        scheduler.step()
+    optimizer.eval()
+    assert_bitwise(state(module.net), state(net))
+    assert not torch.equal(net[0].weight, make_net(torch.float32)[0].weight)
 
 
 def test_a_failing_batch_leaves_the_weights_clean_and_statistics_alive():

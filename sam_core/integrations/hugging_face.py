@@ -53,12 +53,13 @@ class SAMTrainer(Trainer):  # type: ignore[misc]  # Trainer has no types
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
         self._micro_batches: list[Any] = []  # of the step that is being accumulated
+        super().__init__(*args, **kwargs)
         self.add_callback(_CleanWeights())
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As usual; and refuse what would train wrong."""
+        self._micro_batches = []  # a run begins here, also another try of auto_find_batch_size
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
         ours = _innermost(optimizer)
         if isinstance(ours, OptimizerWrapper):
@@ -67,7 +68,6 @@ class SAMTrainer(Trainer):  # type: ignore[misc]  # Trainer has no types
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As usual; the model is left at the clean weights, whatever happens."""
-        self._micro_batches.clear()
         try:
             return super().train(*args, **kwargs)
         finally:

@@ -398,8 +398,8 @@ def test_other_optimizers_are_left_alone():
     assert_bitwise(*results)
 
 
-def test_a_callback_of_each_kind_in_the_plugin_list_and_in_the_trainer(monkeypatch, tmp_path):
-    """Two of them do no harm: an environment may bring one by Lightning's entry point."""
+def test_two_callbacks_do_no_harm(monkeypatch, tmp_path):
+    """An environment may bring one by Lightning's entry point, beside the one that the user gives."""
     (tmp_path / "plugin-1.0.dist-info").mkdir()
     entry = "[lightning.pytorch.callbacks_factory]\nsam_core = sam_core.integrations.lightning:SharpnessAwareCallback\n"
     (tmp_path / "plugin-1.0.dist-info" / "entry_points.txt").write_text(entry, encoding="utf-8")

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import sam_core
 from sam_cases import BASES, DEFAULTS, METHODS
@@ -34,7 +35,9 @@ CASES = [
     *((method, "sgd", variant) for method in ("sam", "gsam") for variant in ("scaled", "unfreed")),
     *((method, "sgd", "reloaded") for method in ("sam", "msam")),
 ]
-HSDP_CASES = [(method, "sgd", "plain") for method in ("sam", "asam", "gsam", "looksam", "friendlysam", "msam")]
+FOUR_RANK_METHODS = ("sam", "asam", "gsam", "looksam", "friendlysam", "msam")
+HSDP_CASES = [(method, "sgd", "plain") for method in FOUR_RANK_METHODS]
+TENSOR_PARALLEL_CASES = [(method, "sgd", "tensor_parallel") for method in FOUR_RANK_METHODS]
 
 
 class Net(nn.Module):
@@ -78,8 +81,12 @@ def shard(model: nn.Module, variant: str = "plain", mesh=None) -> None:
     """Two FSDP units.
 
     ``kept``: weights stay gathered after a forward; ``unfreed``: also after the backward; ``mixed``: the root's own
-    parameters stay plain tensors; ``offloaded``: shards are kept on the CPU.
+    parameters stay plain tensors; ``offloaded``: shards are kept on the CPU; ``tensor_parallel``: the first layer
+    is cut by the second dimension of the mesh as well.
     """
+    if variant == "tensor_parallel":
+        parallelize_module(model.first, mesh["tensor"], ColwiseParallel(output_layouts=Replicate()))
+        mesh = mesh["data"]
     options = {"mesh": mesh, "reshard_after_forward": False if variant == "kept" else None}
     if variant == "offloaded":
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)

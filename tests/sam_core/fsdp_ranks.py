@@ -16,7 +16,18 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from fsdp_cases import CASES, HSDP_CASES, full, make_batch, make_net, shard, train, train_half, train_normed
+from fsdp_cases import (
+    CASES,
+    HSDP_CASES,
+    TENSOR_PARALLEL_CASES,
+    full,
+    make_batch,
+    make_net,
+    shard,
+    train,
+    train_half,
+    train_normed,
+)
 from sam_cases import METHODS
 from sam_core import _tensors
 
@@ -138,6 +149,8 @@ def main(directory: Path) -> None:
     if world_size == 4:
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
         results["train"] = {case: train(*case, rank=rank, mesh=mesh) for case in HSDP_CASES}
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+        results["train"] |= {case: train(*case, rank=rank // 2, mesh=mesh) for case in TENSOR_PARALLEL_CASES}
     else:
         results["train"] = {case: train(*case, rank=rank) for case in CASES}
         results["counts"] = {method: count_collectives(method) for method in METHODS}

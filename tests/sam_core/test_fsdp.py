@@ -1,4 +1,4 @@
-"""Every method under FSDP2 against one process on the same global batch: two ranks, and four as 2 x 2 (HSDP)."""
+"""Every method under FSDP2 against one process on the same global batch: two ranks, and four as 2 x 2."""
 
 from __future__ import annotations
 
@@ -13,7 +13,17 @@ import torch
 from torch import nn
 
 import sam_core
-from fsdp_cases import CASES, FSDP2, HSDP_CASES, NUM_STEPS, make_batch, make_net, train, train_normed
+from fsdp_cases import (
+    CASES,
+    FSDP2,
+    HSDP_CASES,
+    NUM_STEPS,
+    TENSOR_PARALLEL_CASES,
+    make_batch,
+    make_net,
+    train,
+    train_normed,
+)
 from fsdp_ranks import PASSES
 from sam_cases import METHODS, method_class
 from sam_core import _tensors
@@ -82,6 +92,11 @@ def test_weights_and_norms_are_those_of_one_process(ranks, method, base, variant
 
 @pytest.mark.parametrize(("method", "base", "variant"), HSDP_CASES, ids=map("-".join, HSDP_CASES))
 def test_replicated_shards_are_counted_once(four_ranks, method, base, variant):
+    assert_like_one_process(four_ranks, method, base, variant)
+
+
+@pytest.mark.parametrize(("method", "base", "variant"), TENSOR_PARALLEL_CASES, ids=map("-".join, TENSOR_PARALLEL_CASES))
+def test_shards_of_tensor_parallel_layers(four_ranks, method, base, variant):
     assert_like_one_process(four_ranks, method, base, variant)
 
 

@@ -449,6 +449,8 @@ def held_copies(optimizer, model) -> float:
             queue += [*value.keys(), *value.values()]
         elif isinstance(value, list | tuple):
             queue += value
+        elif type(value).__module__.startswith("sam_core."):
+            queue.append(vars(value))
     return entries / sum(p.numel() for p in model.parameters())
 
 

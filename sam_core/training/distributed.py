@@ -69,6 +69,7 @@ def train_sam_distributed(
     Raises:
         ValueError: for a bad option, or loaders of different length: before the first step, or, if they have none, on
             all ranks when the first of them ends.
+        FloatingPointError: for a non-finite gradient of any rank, if the optimizer has ``nonfinite="raise"``.
         RuntimeError: if weights differ between ranks, e.g. since they were changed on one of them.
 
     Example:
@@ -82,6 +83,12 @@ def train_sam_distributed(
     own = next(model.parameters()).device
     ranks = Ranks.of(ddp.process_group if ddp is not None else None, own)
     _check(model, ddp, optimizer, ranks, sync_ascent=sync_ascent, m_sharpness=m_sharpness)
+    is_local = accumulation_steps > 1 or (not sync_ascent and getattr(optimizer, "local_ascent", False))
+    if ddp is not None and is_local and ddp.static_graph and not ddp._static_graph_delay_allreduce_enqueued:
+        raise ValueError(
+            "model must have made a backward before if it has static_graph=True: the first one fixes the graph, "
+            "and must not be a local one, as ascent and accumulation have."
+        )
     wanted = own if device is None else torch.device(device)
     if wanted.type != own.type or wanted.index not in (None, own.index):
         raise ValueError(f"device must be the model's, {own}, got {str(device)!r}.")
@@ -99,10 +106,15 @@ def train_sam_distributed(
     if ranks.number == 0:
         _logger.info("loss %.4f", mean_loss)
     if ddp is not None:
-        buffers = dict(ddp.named_buffers()) if ddp.broadcast_buffers else {}
-        ranks.broadcast_(buffers.values())
+        common, buffers = dict(ddp.module.named_parameters()), dict(ddp.module.named_buffers())
+        for name in ddp.parameters_to_ignore:
+            common.pop(name, None)
+            buffers.pop(name, None)
+        if ddp.broadcast_buffers:
+            ranks.broadcast_(buffers.values())
+            common |= buffers
         with optimizer.at_weights():
-            check_ranks_agree({**dict(ddp.named_parameters()), **buffers}, ranks.group)
+            check_ranks_agree(common, ranks.group)
     return model
 
 
@@ -130,9 +142,4 @@ def _check(
         raise ValueError(
             f"sync_ascent must be False for {type(optimizer).__name__}: its first gradient is that of some parameters, "
             "and DistributedDataParallel synchronises all or none."
-        )
-    if ddp is not None and not sync_ascent and ddp.static_graph and not ddp._static_graph_delay_allreduce_enqueued:
-        raise ValueError(
-            "model must have made a backward before if it has static_graph=True, which the first one fixes, and that "
-            "must not be a local one. Run one, or set sync_ascent."
         )

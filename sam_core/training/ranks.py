@@ -56,8 +56,7 @@ def check_ranks_agree(
     different = (bounds[: len(sums)] != ~bounds[len(sums) :]).nonzero().flatten().tolist()
     if different:
         raise RuntimeError(
-            f"ranks must agree bit for bit: {named[different[0]][0]} differs between them, "
-            f"the first of {len(different)} that do."
+            f"ranks must agree bit for bit: {len(different)} of {len(named)} differ, first {named[different[0]][0]}."
         )
 
 

@@ -394,11 +394,34 @@ def refusals():
         "m of gsam": trained(method="gsam", m_sharpness=True),
         "static": trained(wrap=partial(DDP, static_graph=True)),
         "static, sync": trained(wrap=partial(DDP, static_graph=True), sync_ascent=True),
+        "static, gsam": trained(method="gsam", wrap=partial(DDP, static_graph=True)),
+        "static, parts": trained(wrap=partial(DDP, static_graph=True), sync_ascent=True, accumulation_steps=2),
         "static, samples": refusal(lambda: train("efficientsam", static_graph=True, local=False)),
     }
 
 
 # What ranks agree on --------------------------------------------------------------------------------------------------
+
+
+@case
+def changed():
+    """Weights and buffers that a hook changes on one rank; and those that the model was told to leave alone."""
+    seen = {}
+    for kind in ("found", "ignored"):
+        model = Normed()
+        if kind == "ignored":
+            DDP._set_params_and_buffers_to_ignore_for_model(model, ["layers.1.running_mean", "layers.0.weight"])
+        optimizer = build("sam", model.parameters())
+        ddp = DDP(model)
+
+        def drift(optimizer, args, kwargs, model=model):
+            with torch.no_grad():
+                model.layers[0].weight.add_(RANK)
+
+        optimizer.base_optimizer.register_step_post_hook(drift)
+        seen[kind] = refusal(lambda d=ddp, o=optimizer: train_sam_distributed(d, [batch_of(0, RANK)], o))
+        seen[kind, "mean"] = model.layers[1].running_mean.clone()
+    return seen
 
 
 @case

@@ -301,6 +301,10 @@ def test_the_loop_with_fsdp2(runs):
 
 def test_refusals_on_all_ranks(runs):
     number = len(runs)
+    static = (
+        "ValueError: model must have made a backward before if it has static_graph=True: the first one fixes the "
+        "graph, and must not be a local one, as ascent and accumulation have."
+    )
     for run in runs:
         assert run["refusals"] == {
             "not parallel": "ValueError: model must be a DistributedDataParallel or an FSDP2 module on "
@@ -320,8 +324,9 @@ def test_refusals_on_all_ranks(runs):
             "samples and parts": "ValueError: optimizer must take one loss a batch, got EfficientSAM, which selects "
             "samples.",
             "m of gsam": "ValueError: optimizer must be SAM or ASAM with m_sharpness=True, got GSAM.",
-            "static": "ValueError: model must have made a backward before if it has static_graph=True, which the first "
-            "one fixes, and that must not be a local one. Run one, or set sync_ascent.",
+            "static": static,
+            "static, parts": static,
+            "static, gsam": "none",
             "static, sync": "none",
             "static, samples": "RuntimeError: EfficientSAM's first pass must not be the first backward under "
             "static_graph=True: run an ordinary one on the DistributedDataParallel model before.",
@@ -332,24 +337,31 @@ def test_refusals_on_all_ranks(runs):
 
 
 def test_what_differs_is_named_on_every_rank(runs):
-    def differs(name: str, number: int = 1) -> str:
-        return (
-            f"RuntimeError: ranks must agree bit for bit: {name} differs between them, the first of {number} that do."
-        )
+    def differs(how_many: str, name: str) -> str:
+        return f"RuntimeError: ranks must agree bit for bit: {how_many} differ, first {name}."
 
     for run in runs:
         assert run["agreement"] == {
             "equal": "none",
             "equal optimizer": "none",
-            "swapped": differs("layers.3.weight"),
-            "two": differs("layers.3.weight", 2),
-            "state": differs("layers.0.bias or its state"),
-            "average": differs("layers.3.bias or its state"),
+            "swapped": differs("1 of 9", "layers.3.weight"),
+            "two": differs("2 of 9", "layers.3.weight"),
+            "state": differs("1 of 6", "layers.0.bias or its state"),
+            "average": differs("1 of 6", "layers.3.bias or its state"),
             "kinds": "none",
-            "negative zero": differs("tensor 7"),
+            "negative zero": differs("1 of 8", "tensor 7"),
             "no tensors": "none",
             "group": "none",
         }
+
+
+def test_the_loop_finds_weights_that_drift_apart(runs):
+    for run in runs:
+        message = "RuntimeError: ranks must agree bit for bit: 1 of 9 differ, first layers.0.weight."
+        assert run["changed"]["found"] == message
+        assert run["changed"]["ignored"] == "none"
+        assert torch.equal(run["changed"]["found", "mean"], runs[0]["changed"]["found", "mean"])
+    assert not torch.equal(runs[1]["changed"]["ignored", "mean"], runs[0]["changed"]["ignored", "mean"])
 
 
 # Communication --------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from sam_core.bounds.divergences import binary_kl_inverse, isotropic_gaussian_kl
 from sam_core.bounds.pac_bayes import VacuousBoundWarning, check_delta, seeger_bound
 from sam_core.bounds.risk_certificate import RiskCertificate
 
-_SIGMAS = tuple(2.0 ** (k / 2) for k in range(-24, 5))  # 0.0002 to 4
+_SIGMAS = tuple(2.0 ** (k / 4) for k in range(-48, 5))  # 0.0002 to 2
 _PRIOR_SIGMAS = tuple(2.0 ** (k / 8) for k in range(-96, 25))  # 0.0002 to 8; the finer, the nearer to the best KL
 _PILOT_DRAWS = 32  # at each width tried
 
@@ -98,8 +98,8 @@ def certify_risk(
         >>> model.weight.data = torch.tensor([[-1.0, 0.0], [1.0, 0.0]])
         >>> error = lambda outputs, targets: (outputs.argmax(-1) != targets).float()
         >>> print(certify_risk(model, error, (inputs, targets)))
-        With probability 0.95, weights drawn around w with standard deviation 0.0884 have a true risk of at most 0.067.
-        On the 2000 samples they have 0.018 (at most 0.034; 1000 draws), w itself 0.000. KL to the prior: 8.3 nats.
+        With probability 0.95, weights drawn around w with standard deviation 0.297 have a true risk of at most 0.121.
+        On the 2000 samples they have 0.056 (at most 0.081; 1000 draws), w itself 0.000. KL to the prior: 3.8 nats.
     """
     check_nonnegative("max_rise", max_rise)
     check_delta("delta", delta)

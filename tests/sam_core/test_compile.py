@@ -196,18 +196,27 @@ def test_a_generator_is_not_traced():
     assert not hasattr(Run("msam").optimizer, "first_step")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["sam", "wsam", "wsam_coupled"])
-def test_a_learning_rate_that_is_a_tensor_changes_without_compiling(method):
-    results = []
-    for compiled in (True, False):
-        rate = torch.tensor(0.1, dtype=torch.float64)
-        run = Run(method, lr=rate)
-        step = compiled_step(run) if compiled else compiled_model(run)
+CHANGES = [  # method, what a schedule changes, how it is compiled
+    pytest.param("asam", "rho", compiled_first_step),
+    pytest.param("wsam", "rho", compiled_step, marks=pytest.mark.slow),
+    pytest.param("wsam", "lr", compiled_step, marks=pytest.mark.slow),
+    pytest.param("wsam", "tensor lr", compiled_step, marks=pytest.mark.slow),
+]
 
-        def slower(batch, step=step, rate=rate):
+
+@pytest.mark.parametrize(("method", "name", "compile_it"), CHANGES)
+def test_numbers_that_a_schedule_changes(method, name, compile_it):
+    results = []
+    for engine in (compile_it, compiled_model):
+        run = Run(method, **({"lr": torch.tensor(0.1, dtype=torch.float64)} if name == "tensor lr" else {}))
+        step = engine(run)
+
+        def slower(batch, step=step, group=run.optimizer.param_groups[0]):
             step(batch)
-            rate.mul_(0.9)
+            if name == "tensor lr":
+                group["lr"].mul_(0.9)
+            else:
+                group[name] *= 0.9
 
         results.append(run.train(slower))
         assert run.num_graphs[2] == run.num_graphs[-1], "it is compiled anew in a later step"

@@ -430,3 +430,15 @@ def test_a_module_survives_copying():
     make_trainer(num_epochs=1).fit(module, make_loader())
     assert_bitwise(state(copy.deepcopy(module.net)), state(module.net))
     assert module.net[1].__dict__.keys() == make_net()[1].__dict__.keys()
+
+
+def test_an_installation_attaches_it_to_every_trainer():
+    """So that whoever forgets it is refused as well."""
+    import importlib
+    import tomllib
+    from pathlib import Path
+
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (target,) = project["entry-points"]["lightning.pytorch.callbacks_factory"].values()
+    module, name = target.split(":")
+    assert getattr(importlib.import_module(module), name) is SharpnessAwareCallback

@@ -97,11 +97,14 @@ def estimate_memory(
     FSDP2, with units of U parameters and R in the root, which stays whole from the forward to the end of the backward
     (c bytes a parameter in computing, r in reducing):
 
-        compute = max(2 R c + U (3 c + r) - 2 U b / N,  3 R c + U r)
+        compute = max(2 R c + U (3 c + r) - 2 U b / N,  4 R c + U r)
 
-    a unit and its gradients, the next one's gathered parameters, and the last one's gradients on their way. Autocast
-    keeps n c of cast weights in the forward, n b of gradients come in the backward: compute is what the first exceed
-    the second by. (If the backward runs within the autocast block, both are alive.)
+    In the middle of the backward: the root and its head's gradient; a unit and its gradients, the next one's gathered
+    parameters, and the last one's gradients on their way. At its end, if one matrix is head and embedding: the root, its
+    two gradients and their sum.
+
+    Autocast keeps n c of cast weights in the forward, n b of gradients come in the backward: compute is what the first
+    exceed the second by. (If the backward runs within the autocast block, both are alive.)
 
     The estimate leaves out what is one number or one tensor, such as step counts and the temporaries of a loop.
 
@@ -165,7 +168,7 @@ def estimate_memory(
     if sharding == "fsdp" and num_ranks > 1:
         reduced = (reduce_dtype or compute_dtype or param_dtype).itemsize
         middle = unit_params * (3 * width + reduced - 2 * param_dtype.itemsize / num_ranks)
-        compute = max(2 * root_params * width + middle, 3 * root_params * width + unit_params * reduced)
+        compute = max(2 * root_params * width + middle, 4 * root_params * width + unit_params * reduced)
     else:
         compute = max(0, num_held * width - one) if compute_dtype not in (None, param_dtype) else 0
 

@@ -113,29 +113,35 @@ def test_bytes_of_a_parameter_by_hand():
     assert estimate_memory(100, "base", param_dtype=BF16, compute_dtype=torch.float32).compute == 200
 
 
-SHAPE = {"depth": 24, "width": 64, "hidden": 256, "vocabulary": 128}
+SHAPE = {"depth": 24, "width": 64, "hidden": 256}
 
 
-def measure_simulated(method, num_ranks, sharding, **options):
+def measure_simulated(method, num_ranks, sharding, *, vocabulary=128, **options):
+    def make():
+        return make_distributed(method, "adamw", sharding, LanguageModel(**SHAPE, vocabulary=vocabulary), **options)
+
     torch.manual_seed(0)
     with simulated_ranks(num_ranks):
-        return measure_memory(
-            lambda: make_distributed(method, "adamw", sharding, LanguageModel(**SHAPE), **options), num_steps=2
-        )
+        return measure_memory(make, num_steps=2)
 
 
-def sizes():
-    model = LanguageModel(**SHAPE)
+def sizes(vocabulary=128):
+    model = LanguageModel(**SHAPE, vocabulary=vocabulary)
     return sum(p.numel() for p in model.parameters()), model.unit_params, model.root_params
 
 
-@pytest.mark.parametrize(("method", "policy"), [("base", FULL_PRECISION), ("sam", MIXED), ("gsam", FULL_PRECISION)])
-def test_memory_under_fsdp(method, policy):
-    num_params, unit_params, root_params = sizes()
+@pytest.mark.parametrize(
+    ("method", "policy", "num_ranks", "vocabulary"),
+    [("base", FULL_PRECISION, 8, 128), ("sam", MIXED, 8, 128), ("gsam", FULL_PRECISION, 64, 1024)],
+)
+def test_memory_under_fsdp(method, policy, num_ranks, vocabulary):
+    """The last has a root of two units, on so many ranks that the gathered ones are most of all."""
+    num_params, unit_params, root_params = sizes(vocabulary)
     dtypes = {} if policy == FULL_PRECISION else {"compute_dtype": BF16, "reduce_dtype": torch.float32}
     units = {"unit_params": unit_params, "root_params": root_params}
-    estimate = estimate_memory(num_params, method, sharding="fsdp", num_ranks=8, **units, **dtypes)
-    assert_close(measure_simulated(method, 8, "fsdp", policy=policy), estimate, rtol=0.05)
+    estimate = estimate_memory(num_params, method, sharding="fsdp", num_ranks=num_ranks, **units, **dtypes)
+    measured = measure_simulated(method, num_ranks, "fsdp", policy=policy, vocabulary=vocabulary)
+    assert_close(measured, estimate, rtol=0.05)
 
 
 @pytest.mark.parametrize(("method", "views"), [("base", True), ("sam", False), ("sam", True), ("gsam", False)])

@@ -100,8 +100,8 @@ def estimate_memory(
         compute = max(2 R c + U (3 c + r) - 2 U b / N,  4 R c + U r)
 
     In the middle of the backward: the root and its head's gradient; a unit and its gradients, the next one's gathered
-    parameters, and the last one's gradients on their way. At its end, if one matrix is head and embedding: the root, its
-    two gradients and their sum.
+    parameters, and the last one's gradients on their way. At its end, if one matrix is both head and embedding: the
+    root, its two gradients and their sum.
 
     Autocast keeps n c of cast weights in the forward, n b of gradients come in the backward: compute is what the first
     exceed the second by. (If the backward runs within the autocast block, both are alive.)

@@ -134,7 +134,8 @@ def make_optimizer(method: str, base: str, model: nn.Module, **options: Any) -> 
 def capture(step: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """Record a step, after a few that are taken; the loss is written anew by each replay.
 
-    The step begins by giving up its gradients, so that the backward makes them within the graph, in its own memory.
+    The graph holds addresses, so the step must outlive it, with its optimizer. The step begins by giving up its
+    gradients, so that the backward makes them within the graph, in its own memory.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -168,7 +169,8 @@ def compare_graph(method: str, base: str, width: int, num_steps: int) -> tuple[f
     """Best seconds of a step in Python and of a replay; largest difference of their weights after as many steps."""
     python_task, graph_task = make_task("cuda", width), make_task("cuda", width)
     python = make_step(method, base, python_task)
-    graph, _ = capture(make_step(method, base, graph_task))
+    captured = make_step(method, base, graph_task)  # held to the end: the graph uses its optimizer's moments
+    graph, _ = capture(captured)
     for _ in range(NUM_WARMUP):
         python()
     contestants: dict[str, Callable[[], object]] = {"python": python, "replayed": graph.replay}

@@ -86,7 +86,7 @@ def test_the_step_that_is_captured(method):
 @pytest.mark.parametrize("method", optimizer_gpu.CAPTURED)
 def test_a_graph_takes_the_same_steps(method, base):
     *_, difference = optimizer_gpu.compare_graph(method, base, 64, 20)
-    assert difference < 1e-5
+    assert difference < 1e-4
 
 
 @needs_cuda

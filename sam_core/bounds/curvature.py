@@ -8,7 +8,8 @@ import warnings
 import torch
 
 from sam_core._checks import check_count, check_nonnegative, check_positive
-from sam_core.bounds.pac_bayes import VacuousBoundWarning, check_delta, check_risk
+from sam_core.bounds.divergences import check_probability
+from sam_core.bounds.pac_bayes import VacuousBoundWarning, check_delta
 
 _LOWEST = -700.0  # ln of the smallest posterior variance tried, as a share of the prior's
 
@@ -28,12 +29,12 @@ def compute_pac_bayes_bound(
         min over s² of   train_loss + s² trace / 2 + sqrt((KL(s²) + ln(2 sqrt(n) / delta)) / (2 n)),
         KL(s²) = KL(N(w, s² I) || N(w0, p² I)) = 1/2 [d s²/p² + ||w − w0||²/p² − d + d ln(p²/s²)].
 
-    The bound is on the risk of the posterior N(w, s² I), so that its empirical risk belongs in it: train_loss + s²
-    trace/2 to second order. Choosing s² costs nothing, for the bound holds for all posteriors at once.
+    The bound is on the risk of the posterior N(w, s² I), so its empirical risk belongs in it: train_loss + s² trace / 2
+    to second order. Choosing s² costs nothing, for the bound holds for all posteriors at once.
 
-    It is an estimate, not a certificate: the second order says little of a loss that bends within s of w, and a loss in
-    [0, 1] whose Hessian is known is seldom the loss of interest. :func:`certify_risk` draws weights instead. The source
-    of this signature sets s² = 1/trace, exchanges prior and posterior in the KL, and leaves the distance out.
+    It is an estimate, not a certificate: the second order says little of a loss that bends within s of w, and nothing
+    of the 0-1 loss. :func:`certify_risk` draws weights instead. Beware of forms that set s² = 1/trace, exchange prior
+    and posterior in the KL, or leave out the distance.
 
     Args:
         train_loss: mean loss at w, in [0, 1].
@@ -59,7 +60,7 @@ def compute_pac_bayes_bound(
         >>> round(flat, 3), round(sharp, 3)
         (0.147, 0.199)
     """
-    check_risk("train_loss", train_loss)
+    check_probability("train_loss", train_loss)
     check_nonnegative("hessian_trace", hessian_trace)
     check_count("n_samples", n_samples, at_least=1)
     check_count("n_params", n_params, at_least=1)

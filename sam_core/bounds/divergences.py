@@ -7,6 +7,8 @@ down to neighbouring floating-point numbers, and rounded outwards: never inside 
 from __future__ import annotations
 
 import math
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,8 +109,9 @@ def binary_kl(q: float, p: float) -> float:
         >>> binary_kl(0.5, 0.0)
         inf
     """
-    _check_probability("q", q)
-    _check_probability("p", p)
+    check_probability("q", q)
+    check_probability("p", p)
+    q, p = float(q), float(p)
     if q == p:
         return 0.0
     if p in (0, 1):
@@ -169,14 +172,13 @@ def binary_kl_inverse_lower(q: float, c: float) -> float:
 
 def _inverse(q: float, c: float, end: float) -> float:
     """The point between q and the end where kl(q || p) passes c, rounded towards the end."""
-    _check_probability("q", q)
-    if isinstance(c, bool) or not isinstance(c, int | float) or not c >= 0:
-        raise ValueError(f"c must be a number >= 0, got {c!r}.")
+    check_probability("q", q)
+    _check_nonnegative_or_infinite("c", c)
     if c == 0 or q == end:
         return float(q)
     if c == math.inf:
         return end
-    most = c * (1 + _ROUNDING)  # where rounding leaves it open whether a point is inside, it is
+    most = float(c) * (1 + _ROUNDING)  # where rounding leaves it open whether a point is inside, it is
     inside, outside = float(q), end
     while True:
         middle = (inside + outside) / 2
@@ -199,7 +201,17 @@ def _excess(share: float, other: float, change: float) -> float:
     return change - share * (math.log(ratio) if 0 < ratio < math.inf else math.log(other) - math.log(share))
 
 
-def _check_probability(name: str, value: float) -> None:
+def check_probability(name: str, value: float) -> None:
+    """Refuse what is not a number in [0, 1].
+
+    Raises:
+        ValueError: with the name, the rule and the value.
+    """
     check_finite(name, value)
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must be in [0, 1], got {value!r}.")
+
+
+def _check_nonnegative_or_infinite(name: str, value: Any) -> None:
+    if not (isinstance(value, Real) and float(value) >= 0):
+        raise ValueError(f"{name} must be a number >= 0, got {value!r}.")

@@ -14,11 +14,21 @@ from __future__ import annotations
 import math
 
 from sam_core._checks import check_count, check_finite, check_nonnegative, check_positive
-from sam_core.bounds.divergences import binary_kl_inverse
+from sam_core.bounds.divergences import binary_kl_inverse, check_probability
 
 
 class VacuousBoundWarning(UserWarning):
-    """A risk bound says nothing: it is not below 1, which no risk exceeds."""
+    """A risk bound says nothing: it is not below 1, which no risk exceeds.
+
+    Example:
+        >>> import warnings
+        >>> from sam_core.bounds import compute_pac_bayes_bound
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     bound = compute_pac_bayes_bound(0.5, hessian_trace=100.0, n_samples=100, n_params=1000)
+        >>> bound > 1, caught[0].category.__name__
+        (True, 'VacuousBoundWarning')
+    """
 
 
 def seeger_bound(empirical_risk: float, kl: float, num_samples: int, delta: float = 0.05) -> float:
@@ -159,21 +169,10 @@ def _complexity(empirical_risk: float, kl: float, num_samples: int, delta: float
 
 
 def _check(empirical_risk: float, kl: float, num_samples: int, delta: float) -> None:
-    check_risk("empirical_risk", empirical_risk)
+    check_probability("empirical_risk", empirical_risk)
     check_nonnegative("kl", kl)
     check_count("num_samples", num_samples, at_least=1)
     check_delta("delta", delta)
-
-
-def check_risk(name: str, value: float) -> None:
-    """Refuse what is not a number in [0, 1].
-
-    Raises:
-        ValueError: with the name, the rule and the value.
-    """
-    check_finite(name, value)
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} must be in [0, 1], got {value!r}.")
 
 
 def check_delta(name: str, value: float) -> None:

@@ -30,7 +30,8 @@ import math
 from collections.abc import Sequence
 
 from sam_core._checks import check_count, check_nonnegative, check_positive
-from sam_core.bounds.pac_bayes import check_delta, check_risk
+from sam_core.bounds.divergences import check_probability
+from sam_core.bounds.pac_bayes import check_delta
 
 _LAMBDAS = tuple(2.0**-power for power in range(1, 11))
 
@@ -55,7 +56,8 @@ def flatness_bound(
     Args:
         empirical_risk: L̂ = (1/n) sum_i E_Q l(w, z_i), in [0, 1].
         mean_squared_risk: S = (1/n) sum_i (E_Q l(w, z_i))², in [L̂², L̂].
-        mean_squared_gradient: G = (1/n) sum_i E_Q ||grad_w l(w, z_i)||², of single samples, >= 0.
+        mean_squared_gradient: G = (1/n) sum_i E_Q ||grad_w l(w, z_i)||², of single samples (``torch.func.vmap`` of
+            ``torch.func.grad``), >= 0. Like L̂ and S it is an expectation; draws only estimate it.
         poincare_constant: c_P of the posterior, in squared parameter units; of N(w, s² I) it is s².
         kl: KL(Q || P) in nats, >= 0.
         num_samples: n, >= 1.
@@ -75,7 +77,7 @@ def flatness_bound(
         (0.102, 0.14)
     """
     _check(empirical_risk, mean_squared_gradient, poincare_constant, kl, num_samples, delta)
-    check_risk("empirical_risk", empirical_risk)
+    check_probability("empirical_risk", empirical_risk)
     if not empirical_risk**2 * (1 - 1e-6) <= mean_squared_risk <= empirical_risk * (1 + 1e-6):
         raise ValueError(
             f"mean_squared_risk must be in [empirical_risk², empirical_risk] = "

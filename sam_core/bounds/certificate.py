@@ -56,11 +56,12 @@ def certify_risk(
 ) -> RiskCertificate:
     """Bound the true risk of weights drawn from N(w, s² I), w the model's, with the formula at the top of this file.
 
-    It holds if the samples are independent draws of one distribution, and w0 and both grids were chosen without them:
+    It holds if the samples are independent draws of one distribution, and w0 and prior_sigmas were chosen without them:
     w0 may be the weights before training, or weights learnt on other samples, which makes the KL small and is what
     makes bounds of networks non-vacuous. The model itself may be trained on the samples. s is the largest of the grid
     at which the risk on the samples rises by at most max_rise, or the smallest of the grid if none is: the flatter, the
-    wider. It is sought from above, so that this costs 32 draws for every width of the grid down to s.
+    wider. It is sought from above, so that this costs 32 draws for every width of the grid down to s. Of several
+    certificates the best is paid for: give each delta divided by their number.
 
     The model is measured in eval mode, where a sample's loss must not depend on the rest of its batch, and left exactly
     as found. Weights in half precision are drawn in float32 and then rounded, which can only lower the KL. An optimizer

@@ -26,7 +26,7 @@ def named_weights(model: nn.Module, params: Iterable[Tensor] | None) -> Weights:
     if strangers := sum(id(param) not in named for param in chosen):
         raise ValueError(f"params must be the model's, got {strangers} that are not.")
     if not chosen:
-        raise ValueError("model must have a parameter that requires a gradient, got none.")
+        raise ValueError("params must be one at least, by default those that require a gradient, got none.")
     return {named[id(param)]: param.detach() for param in chosen}
 
 
@@ -48,13 +48,16 @@ def sample_losses(
         device: where batches are moved to.
 
     Raises:
-        ValueError: if the losses are not one a sample.
+        ValueError: by the function, if the data are of another form, or the losses not one a sample.
     """
     batches = [data] if isinstance(data, tuple) else data
 
     def one_pass(weights: Callable[[], Weights]) -> Iterator[Tensor]:
-        for inputs, targets in batches:
-            inputs, targets = _move(inputs, device), _move(targets, device)
+        for batch in batches:
+            if not isinstance(batch, tuple | list) or len(batch) != 2:  # [inputs, targets], say, which is no tuple
+                kind = type(batch).__name__
+                raise ValueError(f"data must be a tuple (inputs, targets), or give such batches, got a {kind} as one.")
+            inputs, targets = (_move(part, device) for part in batch)
             arguments = inputs if isinstance(inputs, tuple) else (inputs,)
             buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
             losses = loss_fn(functional_call(model, {**weights(), **buffers}, arguments), targets)

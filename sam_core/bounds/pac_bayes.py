@@ -3,8 +3,8 @@
 Setting: n independent samples of one distribution; a prior P chosen without them; L̂ = E_{w~Q} (1/n) sum_i l(w, z_i)
 the empirical and L = E_{w~Q} E_z l(w, z) the true risk of a posterior Q; K = KL(Q || P) in nats. Every bound here holds
 with probability at least 1 − delta over the samples, for all posteriors Q at once, so that Q may depend on the samples
-in any way. With c = (K + ln(2 sqrt(n) / delta)) / n, all but the last follow from kl(L̂ || L) <= c (Maurer 2004, arXiv
-cs/0411099; for n < 8 Germain et al. 2015, JMLR 16):
+in any way. With c = (K + ln(2 sqrt(n) / delta)) / n, all but the last follow from kl(L̂ || L) <= c: Maurer 2004 (arXiv
+cs/0411099), who proves E exp(n kl(mean || L)) <= 2 sqrt(n) for n >= 8; below, it is a matter of counting.
 
     seeger <= mcallester,    seeger <= quadratic = lambda at its best lambda <= lambda at any other.
 """

@@ -143,6 +143,15 @@ def test_order_of_the_bounds_on_random_cases():
         assert binary_kl_inverse(risk, (kl + math.log(1 / delta)) / n) <= tangent * (1 + 1e-10)
 
 
+def test_constant_of_maurer():
+    """The mean of exp(n kl(k/n || L)) over binomial k does not depend on L, and is at most 2 sqrt(n) for n < 8 too."""
+    for n in (1, 2, 3, 4, 5, 6, 7, 8, 100):
+        for risk in (0.3, 0.8):
+            chances = [math.comb(n, k) * risk**k * (1 - risk) ** (n - k) for k in range(n + 1)]
+            moment = sum(p * math.exp(n * binary_kl(k / n, risk)) for k, p in enumerate(chances))
+            assert math.sqrt(n) <= moment <= 2 * math.sqrt(n) * (1 + 1e-12)
+
+
 def test_best_catoni_bound_is_the_inverse():
     exponents = torch.linspace(-3, 3, 20001, dtype=torch.float64)
     best = min(catoni_bound(0.1, 20.0, 500, inverse_temperature=10**e) for e in exponents.tolist())

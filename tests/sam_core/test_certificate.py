@@ -333,7 +333,7 @@ def test_certificate_in_words():
         ("prior_sigmas", [math.nan], "prior_sigmas must be finite, got nan"),
         ("prior_mean", [], r"prior_mean must hold tensors of shapes \[\[4, 5\], \[4\], \[3, 4\], \[3\]\], got \[\]"),
         ("params", [torch.ones(2)], r"params must be the model's, got 1 that are not"),
-        ("params", [], "model must have a parameter that requires a gradient, got none"),
+        ("params", [], "params must be one at least, by default those that require a gradient, got none"),
     ],
 )
 def test_errors_of_options(option, given, message):
@@ -358,6 +358,10 @@ def test_errors_of_data():
         certify_risk(model, error, [])
     with pytest.raises(ValueError, match=r"^data must show 16 samples in every pass, got 0\.$"):
         certify_risk(model, error, iter([(inputs, targets)]))
+    for data, kind in (([inputs, targets], "Tensor"), ([(inputs,)], "tuple"), ({"inputs": inputs}, "str")):
+        message = rf"^data must be a tuple \(inputs, targets\), or give such batches, got a {kind} as one\.$"
+        with pytest.raises(ValueError, match=message):
+            certify_risk(model, error, data)
     sizes = itertools.count(3)
 
     class Growing:

@@ -54,8 +54,8 @@ def _within(time: int, spans: list[tuple[int, int]]) -> bool:
 def record_memory() -> Iterator[MemoryRecord]:
     """Within the block every allocation on the CPU is noted, in C++ as well.
 
-    Tensors made before count as nothing, and must not be freed in it: make the model within the block. On CUDA
-    ``torch.cuda.max_memory_allocated`` tells as much.
+    Tensors made before count as nothing, and must not be freed in it: make the model within the block. What another
+    thread frees, as gloo's do, is not seen. On CUDA ``torch.cuda.max_memory_allocated`` tells as much.
 
     Example:
         >>> with record_memory() as record:

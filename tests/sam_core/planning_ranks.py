@@ -1,4 +1,4 @@
-"""What every rank of test_planning_ranks.py does: step, count what it calls, holds and allocates, write it to its file.
+"""What every rank of test_planning_ranks.py does: step, count what it calls and holds, write it to its file.
 
 torchrun --standalone --nproc-per-node 2 planning_ranks.py FOLDER
 """
@@ -18,14 +18,12 @@ from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "benchmarks"))
 
-from small_models import K, LanguageModel, count_collectives, make_distributed, measure_memory
+from small_models import LanguageModel, count_collectives, make_distributed
 
 from sam_core import OptimizerWrapper
 from sam_core.planning import METHOD_NAMES
 
 COUNTED = {"depth": 3, "width": 8, "hidden": 64, "vocabulary": 64}
-MEASURED = {"depth": 24, "width": 64, "hidden": 256, "vocabulary": 128}
-MEASURED_METHODS = ("base", "sam", "gsam")
 BUCKET_BYTES = 2 * 64 * 8 * 4  # two tensors
 
 
@@ -53,30 +51,18 @@ def num_bytes(values: Iterable[Any]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in local)
 
 
-def measure(method: str, sharding: str) -> tuple[int, int, int]:
-    torch.manual_seed(0)
-    options = {"foreach": False}
-    return tuple(
-        measure_memory(
-            lambda: make_distributed(method, "adamw", sharding, LanguageModel(**MEASURED), **options), num_steps=2
-        )
-    )
-
-
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    seen: dict[str, Any] = {"collectives": {}, "held": {}, "memory": {}}
+    seen: dict[str, Any] = {"collectives": {}, "held": {}}
     for sharding in ("ddp", "fsdp"):
         for method in METHOD_NAMES:
             collectives, optimizer = count(method, sharding)
             seen["collectives"][f"{method} {sharding}"] = collectives
             if isinstance(optimizer, OptimizerWrapper):
                 seen["held"][f"{method} {sharding}"] = held(optimizer)
-        for method in MEASURED_METHODS:
-            seen["memory"][f"{method} {sharding}"] = measure(method, sharding)
     seen["collectives"]["sam synchronised"] = count("sam", "ddp", local=False)[0]
-    (folder / f"{dist.get_rank()}.json").write_text(json.dumps({**seen, "k": K}))
+    (folder / f"{dist.get_rank()}.json").write_text(json.dumps(seen))
     dist.destroy_process_group()
 
 

@@ -57,6 +57,8 @@ LEVELS: dict[str, dict[str, int]] = {
         "bounds.poincare": 3,
         "bounds.certificate": 3,
         "bounds.description_length": 1,
+        "sharpness._random": 0,
+        "sharpness._batches": 0,
         "sharpness._loss": 1,
         "sharpness.hessian": 2,
         "sharpness.plot": 0,

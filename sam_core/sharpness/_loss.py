@@ -3,73 +3,89 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from sam_core.sharpness._batches import as_pair, count_samples, cut, map_tensors
+from sam_core.sharpness._random import RandomState, random_states_of
 
 Params = dict[str, Tensor]
 BatchLoss = Callable[[Params], Tensor]
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
 class ParameterLoss:
     """L(w) = sum_i n_i L_i(w) / sum_i n_i over batches i of n_i samples, L_i the mean over the samples of batch i.
 
-    Every call sees the same buffers and random numbers, so that L is one fixed function, as long as the batches are.
+    Every call sees the same buffers and random numbers, so that L is one fixed function, as long as the batches are. A
+    model with trainable parameters of a half type is measured in float32: a perturbation would drown in its rounding.
 
     Attributes:
         params: the parameters that require a gradient, by name; their values, detached.
         num_entries: the number n of their entries.
+        like: a tensor [0] on the device and of the dtype of vectors over all parameters, the widest of theirs.
         has_one_batch: the data are one batch, whose graph may be kept from one product to the next.
     """
 
     def __init__(self, model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any) -> None:
-        self.params: Params = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-        if not self.params:
-            raise ValueError("model must have a parameter that requires a gradient, got none.")
+        self._loss_fn = _LossOf(model, loss_fn)
+        trainable = {name: p.detach() for name, p in self._loss_fn.named_parameters() if p.requires_grad}
+        _check_parameters(trainable)
+        self._widen = any(param.dtype in _HALF for param in trainable.values())
+        self.params: Params = {name: self._wide(param) for name, param in trainable.items()}
+        frozen = {name: p for name, p in self._loss_fn.named_parameters() if not p.requires_grad}
+        self._fixed = {name: self._wide(p.detach()) for name, p in frozen.items()} if self._widen else {}
+        self._buffers = dict(self._loss_fn.named_buffers())
+        self.like = _widest([*self.params.values()])
         self.num_entries = sum(param.numel() for param in self.params.values())
-        self._model, self._loss_fn = model, loss_fn
-        self.has_one_batch = targets is not None or isinstance(inputs, (Tensor, tuple))
-        self._batches: Iterable[tuple[Any, Any]] = [(inputs, targets)] if self.has_one_batch else inputs
+        self.devices = {tensor.device for tensor in (*trainable.values(), *frozen.values())}
+        self.has_one_batch = targets is not None or isinstance(inputs, (Tensor, tuple, Mapping))
+        self._batches: Iterable[Any] = [(inputs, targets)] if self.has_one_batch else inputs
+        #: Where the random numbers of each pass over the batches begin, e.g. for a loader that shuffles.
+        self.random_state = RandomState(self.devices, random_states_of(self._batches))
 
     def parts(self, num_samples: int | None = None) -> Iterator[tuple[int, ParameterLoss]]:
         """For each batch, or each micro-batch of at most ``num_samples``, the number of samples and its loss."""
         for inputs, targets in self._pairs():
-            whole = _size(inputs, targets) if num_samples is not None or not self.has_one_batch else 1
+            whole = count_samples(inputs, targets) if num_samples is not None or not self.has_one_batch else 1
             step = num_samples if num_samples is not None else whole
             for start in range(0, whole, step):
-                chunk = slice(None) if step >= whole else slice(start, start + step)
                 part = copy.copy(self)
-                part.has_one_batch, part._batches = True, [(_chunk(inputs, chunk), _chunk(targets, chunk))]
+                part.has_one_batch, part._batches = True, [(inputs, targets)]
+                if step < whole:
+                    part._batches = [cut((inputs, targets), whole, slice(start, start + step))]
                 yield min(step, whole - start), part
-
-    @property
-    def like(self) -> Tensor:
-        """A tensor on the device and of the dtype of vectors over all parameters."""
-        return next(iter(self.params.values()))
 
     def batches(self) -> Iterator[tuple[int, BatchLoss]]:
         """The number of samples n_i (1 for the only batch) and the loss L_i of each batch."""
         for inputs, targets in self._pairs():
-            yield 1 if self.has_one_batch else _size(inputs, targets), self._loss_of(inputs, targets)
+            yield 1 if self.has_one_batch else count_samples(inputs, targets), self._loss_of(inputs, targets)
 
     def _pairs(self) -> Iterator[tuple[Any, Any]]:
         empty = True
-        for inputs, targets in self._batches:
-            empty, inputs = False, tuple(inputs) if isinstance(inputs, list) else inputs  # as DataLoaders collate
-            yield _on_device(inputs, self.like.device), _on_device(targets, self.like.device)
+        if not self.has_one_batch:
+            self.random_state.restore()
+        for batch in self._batches:
+            empty, (inputs, targets) = False, as_pair(batch)
+            yield self._ready(inputs), self._ready(targets)
         if empty:
             raise ValueError("inputs must give at least one batch (inputs, targets) each time, got none.")
 
     def value(self, params: Params) -> float:
         """L at these parameters."""
+        total, value = 0, 0.0
         with torch.no_grad():
-            sums = [(size, size * loss(params).double()) for size, loss in self.batches()]
-        return float(sum(value for _, value in sums) / sum(size for size, _ in sums))
+            for size, loss in self.batches():
+                total, value = total + size, value + size * float(loss(params))
+        return value / total
 
     def value_and_grad(self, params: Params) -> tuple[float, Params]:
         """L at these parameters, and its gradient there."""
@@ -94,18 +110,39 @@ class ParameterLoss:
         }
 
     def _loss_of(self, inputs: Any, targets: Any) -> BatchLoss:
-        arguments = inputs if isinstance(inputs, tuple) else (inputs,)
-
         def loss(params: Params) -> Tensor:
-            buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
-            # The fused attention kernels have no second derivative.
-            with fixed_random_state(self.like), sdpa_kernel(SDPBackend.MATH):
-                value = self._loss_fn(functional_call(self._model, {**params, **buffers}, arguments), targets)
-            if value.ndim != 0:
-                raise ValueError(f"loss_fn must return a scalar, got shape {list(value.shape)}.")
+            buffers = {name: self._wide(buffer.clone()) for name, buffer in self._buffers.items()}
+            with RandomState(self.devices).kept():
+                arguments = map_tensors(torch.clone, inputs), targets  # the model may write to its inputs
+                value: Tensor = functional_call(self._loss_fn, {**self._fixed, **params, **buffers}, arguments)
+            _check_loss(value)
             return value
 
         return loss
+
+    def _wide(self, tensor: Tensor) -> Tensor:
+        return tensor.float() if self._widen and tensor.dtype in _HALF else tensor
+
+    def _ready(self, value: Any) -> Any:
+        """On the model's device, if it has only one, and in its dtype."""
+        device = next(iter(self.devices)) if len(self.devices) == 1 else None
+        return map_tensors(lambda tensor: self._wide(tensor if device is None else tensor.to(device)), value)
+
+
+class _LossOf(nn.Module):
+    """Model and loss in one: a penalty on ``model.parameters()`` in loss_fn sees the parameters it is called at."""
+
+    def __init__(self, model: nn.Module, loss_fn: Callable[[Any, Any], Tensor]) -> None:
+        super().__init__()
+        self.model: Callable[..., Any] = model
+        self._compute: tuple[Callable[[Any, Any], Tensor]] = (loss_fn,)  # a module in a tuple is no part of this one
+
+    def forward(self, inputs: Any, targets: Any) -> Tensor:
+        if isinstance(inputs, Mapping):
+            outputs = self.model(**inputs)
+        else:
+            outputs = self.model(*inputs) if isinstance(inputs, tuple) else self.model(inputs)
+        return self._compute[0](outputs, targets)
 
 
 @contextmanager
@@ -115,52 +152,88 @@ def parameter_loss(
     """Gives the loss as a function of the parameters that require a gradient.
 
     Within the block the model is in eval mode. Afterwards the mode of each submodule, weights, gradients, buffers and
-    random state are as they were.
+    random state are as they were: that of torch, Python, NumPy and the loader's own generators.
 
     Args:
-        model: any module.
+        model: any module; what torch.compile or DistributedDataParallel wraps is measured without them.
         loss_fn: maps (model output, targets) to a scalar tensor, the mean over samples.
-        inputs: a tensor, or a tuple for ``model(*inputs)``; or, with targets None, a loader that gives such
-            (inputs, targets) anew, and the same ones, each time it is asked.
+        inputs: a tensor, a tuple for ``model(*inputs)`` or a mapping for ``model(**inputs)``; or, with targets None, a
+            loader that gives such (inputs, targets), or mappings alone, anew and the same each time it is asked.
         targets: what loss_fn takes; None for a loader.
 
     Raises:
         ValueError: if no parameter requires a gradient; later, if the loss is not a scalar or there is no batch.
     """
+    model = _unwrapped(model)
     loss = ParameterLoss(model, loss_fn, inputs, targets)
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with fixed_random_state(loss.like):  # a loader that shuffles draws from the global state
+        with loss.random_state.kept(), _plain_kernels(model):
             yield loss
     finally:
         for module, mode in training.items():
             module.training = mode
 
 
+def _unwrapped(model: nn.Module) -> nn.Module:
+    inner: Any = model
+    while isinstance(inner, (DataParallel, DistributedDataParallel)) or hasattr(inner, "_orig_mod"):
+        inner = inner._orig_mod if hasattr(inner, "_orig_mod") else inner.module
+    return inner  # type: ignore[no-any-return]
+
+
 @contextmanager
-def fixed_random_state(like: Tensor) -> Iterator[None]:
-    """The global random state of the CPU and of the tensor's device is the same before and after the block."""
-    devices = [like.device] if like.device.type != "cpu" else []
-    kind = devices[0].type if devices else "cuda"
-    with torch.random.fork_rng([device.index or 0 for device in devices], device_type=kind):
+def _plain_kernels(model: nn.Module) -> Iterator[None]:
+    """The same kernels with and without a gradient, so that differences of losses are of the weights alone.
+
+    The fused ones for recurrent layers go too: cuDNN's have no gradient in eval mode, oneDNN's none for many vectors.
+    """
+    flags: list[tuple[Any, str]] = []
+    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        flags = [(torch.backends.cudnn, "enabled"), (torch.backends.mkldnn, "enabled")]
+    fast, before = torch.backends.mha.get_fastpath_enabled(), [getattr(*flag) for flag in flags]
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        for flag in flags:
+            setattr(*flag, False)
         yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for flag, value in zip(flags, before, strict=True):
+            setattr(*flag, value)
 
 
-def _size(inputs: Any, targets: Any) -> int:
-    for value in (targets, *(inputs if isinstance(inputs, tuple) else (inputs,))):
-        if isinstance(value, Tensor) and value.ndim > 0:
-            return len(value)
-    raise ValueError("inputs must give batches whose targets or inputs are tensors [n, ...], to count their samples.")
+def check_finite_loss(value: float) -> None:
+    """Refuse to measure where the loss is NaN or infinite.
+
+    Raises:
+        FloatingPointError: with the value.
+    """
+    if not math.isfinite(value):
+        raise FloatingPointError(f"the loss at the weights must be finite, got {value}.")
 
 
-def _chunk(value: Any, chunk: slice) -> Any:
-    if isinstance(value, tuple):
-        return tuple(_chunk(part, chunk) for part in value)
-    return value[chunk] if isinstance(value, Tensor) and value.ndim > 0 else value
+def _check_parameters(trainable: Params) -> None:
+    if not trainable:
+        raise ValueError("model must have a parameter that requires a gradient, got none.")
+    for name, param in trainable.items():
+        if param.is_complex() or hasattr(param, "device_mesh"):
+            kind = "complex" if param.is_complex() else "split over ranks"
+            raise ValueError(f"model must have real parameters, whole on each rank, got a {kind} {name[6:]!r}.")
 
 
-def _on_device(value: Any, device: torch.device) -> Any:
-    if isinstance(value, tuple):
-        return tuple(_on_device(part, device) for part in value)
-    return value.to(device) if isinstance(value, Tensor) else value
+def _widest(tensors: list[Tensor]) -> Tensor:
+    dtype = tensors[0].dtype
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return torch.empty(0, dtype=dtype, device=tensors[0].device)
+
+
+def _check_loss(value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"loss_fn must return a scalar tensor, got {type(value).__name__}.")
+    if value.ndim != 0:
+        raise ValueError(f"loss_fn must return a scalar, got shape {list(value.shape)}.")
+    if not value.is_floating_point():
+        raise ValueError(f"loss_fn must return a real scalar, got dtype {value.dtype}.")

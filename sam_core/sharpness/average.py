@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sam_core._checks import check_count, check_in, check_nonnegative
-from sam_core.sharpness._loss import parameter_loss
+from sam_core.sharpness._loss import check_finite_loss, parameter_loss
 from sam_core.sharpness.lanczos import draw_vector
 from sam_core.sharpness.trace import Estimate, mean_and_error
 
@@ -34,7 +34,8 @@ def compute_average_sharpness(
     Args:
         model: any module.
         loss_fn: maps (model output, targets) to a scalar tensor, the mean over samples.
-        inputs: a tensor, a tuple for ``model(*inputs)``, or, with targets None, a loader of the same batches each time.
+        inputs: a tensor, a tuple for ``model(*inputs)``, a mapping for ``model(**inputs)``; or a loader that gives such
+            (inputs, targets), or mappings alone, the same ones each time.
         targets: what loss_fn takes; None for a loader.
         sigma: standard deviation, >= 0; in parameter units, relative to the weights if adaptive.
         adaptive: scale the noise of each entry by its |w|.
@@ -46,6 +47,7 @@ def compute_average_sharpness(
 
     Raises:
         ValueError: for a bad option, no trainable parameter, or a loss that is not a scalar.
+        FloatingPointError: where the loss at the weights is NaN or infinite.
 
     Example:
         >>> model = torch.nn.Linear(1, 1, bias=False)  # loss w^2: E (w + e)^2 - w^2 = sigma^2
@@ -60,6 +62,7 @@ def compute_average_sharpness(
     generator = generator if generator is not None else torch.Generator().manual_seed(0)
     with parameter_loss(model, loss_fn, inputs, targets) as loss:
         at_w, rises = loss.value(loss.params), []
+        check_finite_loss(at_w)
         for _ in range(num_draws):
             noise = loss.unflatten(sigma * draw_vector(loss.num_entries, loss.like, generator))
             if adaptive:

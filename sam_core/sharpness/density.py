@@ -18,7 +18,7 @@ from sam_core._checks import check_count, check_positive
 from sam_core.sharpness.hessian import hessian_operator
 from sam_core.sharpness.lanczos import tridiagonalize
 from sam_core.sharpness.plot import plot_density
-from sam_core.sharpness.trace import draw_signs
+from sam_core.sharpness.trace import draw_signs, mean_and_error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,14 @@ class SpectralDensity:
         weights: [r, m], >= 0, each row sums to 1; 0 at nodes that a run did not need.
         num_entries: n.
         num_products: products with the Hessian that it took.
+
+    Example:
+        >>> nodes, weights = torch.tensor([[0.0, 4.0]]).double(), torch.tensor([[0.75, 0.25]]).double()
+        >>> density = SpectralDensity(nodes=nodes, weights=weights, num_entries=100, num_products=2)
+        >>> density.mean(lambda eigenvalues: eigenvalues)  # tr H / n, from one run
+        (1.0, nan)
+        >>> density.evaluate(torch.tensor([4.0]), sigma=0.1).round(decimals=3)  # 0.25 / (sigma sqrt(2 pi))
+        tensor([0.9970], dtype=torch.float64)
     """
 
     nodes: Tensor
@@ -40,9 +48,7 @@ class SpectralDensity:
     def mean(self, function: Callable[[Tensor], Tensor]) -> tuple[float, float]:
         """(1 / n) tr f(H) and its standard error over runs (NaN for one run); n times it estimates tr f(H)."""
         values_r = (self.weights * function(self.nodes)).sum(dim=1)
-        return float(values_r.mean()), float(values_r.std()) / math.sqrt(len(values_r)) if len(
-            values_r
-        ) > 1 else math.nan
+        return mean_and_error(values_r) if len(values_r) > 1 else (float(values_r), math.nan)
 
     def evaluate(self, points: Tensor, sigma: float) -> Tensor:
         """The density at points [p], convolved with a normal one of standard deviation sigma, > 0; integrates to 1.
@@ -92,7 +98,8 @@ def compute_spectral_density(
     Args:
         model: any module.
         loss_fn: maps (model output, targets) to a scalar tensor, the mean over samples.
-        inputs: a tensor, a tuple for ``model(*inputs)``, or, with targets None, a loader of the same batches each time.
+        inputs: a tensor, a tuple for ``model(*inputs)``, a mapping for ``model(**inputs)``; or a loader that gives such
+            (inputs, targets), or mappings alone, the same ones each time.
         targets: what loss_fn takes; None for a loader.
         num_runs: independent starts, >= 1.
         num_steps: products a run and vectors [n] in memory, >= 1; at most n are taken.
@@ -103,6 +110,7 @@ def compute_spectral_density(
 
     Raises:
         ValueError: for a bad option, no trainable parameter, or a loss that is not a scalar.
+        FloatingPointError: where the loss, or a product with its Hessian, is NaN or infinite.
 
     Example:
         >>> model = torch.nn.Linear(2, 1, bias=False)  # loss (w . x)^2: H = 2 x x^T, eigenvalues 18 and 0

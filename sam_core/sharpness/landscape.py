@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sam_core._checks import check_count, check_in, check_positive
-from sam_core.sharpness._loss import ParameterLoss, Params, parameter_loss
+from sam_core.sharpness._loss import ParameterLoss, Params, check_finite_loss, parameter_loss
 from sam_core.sharpness.lanczos import draw_vector
 from sam_core.sharpness.plot import plot_landscape
 
@@ -23,6 +23,11 @@ class LossLandscape:
     Attributes:
         coordinates: steps along each direction [p], from -radius to radius; 0 is w.
         losses: [p] for one direction, [p, p] for two: first axis, first direction. float64.
+
+    Example:
+        >>> line = LossLandscape(coordinates=torch.tensor([-1.0, 0.0, 1.0]), losses=torch.tensor([3.0, 1.0, 2.0]))
+        >>> line.rise
+        tensor([2., 0., 1.])
     """
 
     coordinates: Tensor
@@ -67,7 +72,8 @@ def compute_loss_landscape(
     Args:
         model: any module.
         loss_fn: maps (model output, targets) to a scalar tensor, the mean over samples.
-        inputs: a tensor, a tuple for ``model(*inputs)``, or, with targets None, a loader of the same batches each time.
+        inputs: a tensor, a tuple for ``model(*inputs)``, a mapping for ``model(**inputs)``; or a loader that gives such
+            (inputs, targets), or mappings alone, the same ones each time.
         targets: what loss_fn takes; None for a loader.
         num_directions: 1 or 2.
         radius: largest step, > 0; 1 moves a filter by its own length.
@@ -81,6 +87,7 @@ def compute_loss_landscape(
 
     Raises:
         ValueError: for a bad option, no trainable parameter, or a loss that is not a scalar.
+        FloatingPointError: where the loss at the weights is NaN or infinite.
 
     Example:
         >>> model = torch.nn.Linear(1, 1, bias=False)  # loss w^2 at w = 2; the only filter moves by +-2
@@ -108,6 +115,7 @@ def compute_loss_landscape(
         coordinates[num_points // 2] = 0.0
         steps = torch.cartesian_prod(*[coordinates] * num_directions).reshape(-1, num_directions).tolist()
         losses = torch.tensor([loss.value(_moved(loss.params, moves, step)) for step in steps], dtype=torch.float64)
+        check_finite_loss(float(losses[len(losses) // 2]))
         return LossLandscape(coordinates=coordinates, losses=losses.reshape([num_points] * num_directions))
 
 

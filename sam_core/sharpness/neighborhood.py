@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sam_core._checks import check_count, check_in, check_nonnegative
 from sam_core.ascent import AdaptiveAscent, L2Ascent, compute_perturbation
-from sam_core.sharpness._loss import ParameterLoss, Params, parameter_loss
+from sam_core.sharpness._loss import ParameterLoss, Params, check_finite_loss, parameter_loss
 from sam_core.sharpness.lanczos import draw_vector
 
 
@@ -36,8 +36,8 @@ def compute_sam_sharpness(
     Args:
         model: any module.
         loss_fn: maps (model output, targets) to a scalar tensor.
-        inputs: a tensor, a tuple for ``model(*inputs)``, or, with targets None, a loader of the same batches each time:
-            then L is the mean over all of them.
+        inputs: a tensor, a tuple for ``model(*inputs)``, a mapping for ``model(**inputs)``; or a loader that gives such
+            (inputs, targets), or mappings alone, the same ones each time: then L is the mean over all of them.
         targets: what loss_fn takes; None for a loader.
         rho: radius in parameter units, relative if adaptive, >= 0.
         adaptive: measure the radius relative to the weights, as ASAM: e = rho T^2 g / ||T g||, T = |w| + eta.
@@ -48,6 +48,7 @@ def compute_sam_sharpness(
 
     Raises:
         ValueError: for a bad option, no trainable parameter, or a loss that is not a scalar.
+        FloatingPointError: where the loss at the weights is NaN or infinite.
 
     Example:
         >>> model = torch.nn.Linear(1, 1, bias=False)  # loss w^2 at w = 1: from 1 to 1.5^2
@@ -82,7 +83,8 @@ def compute_m_sharpness(
     Args:
         model: any module.
         loss_fn: maps (model output, targets) to a scalar tensor, the mean over samples.
-        inputs: a tensor, a tuple for ``model(*inputs)``, or, with targets None, a loader.
+        inputs: a tensor, a tuple for ``model(*inputs)``, a mapping for ``model(**inputs)``; or a loader that gives such
+            (inputs, targets), or mappings alone, the same ones each time.
         targets: what loss_fn takes; None for a loader.
         rho: radius in parameter units, relative if adaptive, >= 0.
         m: samples that share a step, >= 1; batches are cut along the first axis. None: whole batches.
@@ -94,6 +96,7 @@ def compute_m_sharpness(
 
     Raises:
         ValueError: for a bad option, no trainable parameter, or a loss that is not a scalar.
+        FloatingPointError: where the loss at the weights is NaN or infinite.
 
     Example:
         >>> model = torch.nn.Linear(1, 1, bias=False)  # two samples that pull at w = 0 in opposite directions
@@ -136,8 +139,8 @@ def compute_worst_case_sharpness(
     Args:
         model: any module; measured in eval mode, over the parameters that require a gradient, and left as found.
         loss_fn: maps (model output, targets) to a scalar tensor, the mean over samples.
-        inputs: a tensor, a tuple for ``model(*inputs)``, or, with targets None, a loader of the same batches each time:
-            then one e is sought for all of them.
+        inputs: a tensor, a tuple for ``model(*inputs)``, a mapping for ``model(**inputs)``; or a loader that gives such
+            (inputs, targets), or mappings alone, the same ones each time: then one e is sought for all.
         targets: what loss_fn takes; None for a loader.
         rho: radius, >= 0; in parameter units, relative to the weights if adaptive.
         norm: "l2", or "linf": every entry moves by at most rho, or rho (|w| + eta) if adaptive.
@@ -152,6 +155,7 @@ def compute_worst_case_sharpness(
 
     Raises:
         ValueError: for a bad option, no trainable parameter, or a loss that is not a scalar.
+        FloatingPointError: where the loss at the weights is NaN or infinite.
 
     Example:
         >>> model = torch.nn.Linear(2, 1, bias=False)  # loss (w . x)^2 at w = 0: g = 0, so one SAM step sees nothing
@@ -170,10 +174,9 @@ def compute_worst_case_sharpness(
     generator = generator if generator is not None else torch.Generator().manual_seed(0)
     with parameter_loss(model, loss_fn, inputs, targets) as loss:
         ball = _Ball(loss, rule, norm)
-        best = _one_step_rise(loss, rule) if norm == "l2" else 0.0
+        best = _one_step_rise(loss, rule)  # its neighbour is in the box as well
         for restart in range(num_restarts + 1):
-            start = ball.draw(generator) if restart else torch.zeros_like(loss.flatten(loss.params))
-            best = max(best, ball.climb(start, num_steps))
+            best = max(best, ball.climb(ball.draw(generator) if restart else None, num_steps))
         return best
 
 
@@ -182,11 +185,14 @@ class _Ball:
 
     def __init__(self, loss: ParameterLoss, rule: L2Ascent, norm: str) -> None:
         self.loss, self.rule, self.norm = loss, rule, norm
-        self.at_w = loss.value(loss.params)
+        self.center = loss.like.new_zeros(loss.num_entries)
+        self.at_w, self.grad = self._look(self.center)
 
-    def climb(self, point: Tensor, num_steps: int) -> float:
-        """The largest rise over w met on the way up from a point."""
-        value, grad = self._look(point)
+    def climb(self, start: Tensor | None, num_steps: int) -> float:
+        """The largest rise over w met on the way up from a point, or from w."""
+        point, value, grad = self.center, self.at_w, self.grad
+        if start is not None:
+            point, (value, grad) = start, self._look(start)
         step = self.rule.rho
         for _ in range(num_steps):
             length = torch.linalg.vector_norm(grad)
@@ -210,11 +216,9 @@ class _Ball:
 
     def _look(self, point: Tensor) -> tuple[float, Tensor]:
         """The loss at w + T u, and its gradient by u."""
-        moved = {
-            name: param + self._stretch(self.loss.unflatten(point))[name] for name, param in self.loss.params.items()
-        }
-        value, grads = self.loss.value_and_grad(moved)
-        return value, self.loss.flatten(self._stretch(grads))
+        moves = self._stretch(self.loss.unflatten(point))
+        value, grads = self.loss.value_and_grad({name: p + moves[name] for name, p in self.loss.params.items()})
+        return _or_infinite(value), self.loss.flatten(self._stretch(grads))
 
     def _stretch(self, pieces: Params) -> Params:
         stretched = self.rule.stretch([*pieces.values()], [*self.loss.params.values()])
@@ -234,6 +238,12 @@ def _rule(rho: float, adaptive: bool, eta: float) -> L2Ascent:
 
 def _one_step_rise(loss: ParameterLoss, rule: L2Ascent) -> float:
     at_w, grads = loss.value_and_grad(loss.params)
+    check_finite_loss(at_w)
     (perturbation,) = compute_perturbation([rule], [[*grads.values()]], [[*loss.params.values()]])
     moves = zip(loss.params.items(), perturbation, strict=True)
-    return loss.value({name: param + move for (name, param), move in moves}) - at_w
+    return _or_infinite(loss.value({name: param + move for (name, param), move in moves})) - at_w
+
+
+def _or_infinite(value: float) -> float:
+    """A loss that is NaN overflowed on its way."""
+    return math.inf if math.isnan(value) else value

@@ -32,22 +32,24 @@ def power_iteration_top_eigenvalue(
     ||H v|| never exceeds the true magnitude and never falls from one iteration to the next. It is nearer than the
     usual v . H v, and right where eigenvalues +a and -a compete, when v . H v may be anything between the two.
     The model is measured in eval mode, over the parameters that require a gradient, and left exactly as found.
-    :func:`compute_top_eigenvalues` needs fewer products.
+    :func:`compute_top_eigenvalues` needs fewer products. Source: von Mises and Pollaczek-Geiringer 1929.
 
     Args:
         model: any module.
         loss_fn: maps (model output, targets) to a scalar tensor.
-        inputs: a tensor, a tuple for ``model(*inputs)``, or, with targets None, a loader of the same batches each time.
+        inputs: a tensor, a tuple for ``model(*inputs)``, a mapping for ``model(**inputs)``; or a loader that gives such
+            (inputs, targets), or mappings alone, the same ones each time.
         targets: what loss_fn takes; None for a loader.
         n_iterations: most products with the Hessian, >= 1.
         tol: stop when the magnitude changes by less than this share of itself, >= 0.
         generator: source of the first v, on the CPU; None: a fixed one. The global random state is not touched.
 
     Returns:
-        The eigenvalue; 0.0 for a zero Hessian.
+        The eigenvalue, in loss per squared parameter unit; 0.0 for a zero Hessian.
 
     Raises:
         ValueError: for a bad option, no trainable parameter, or a loss that is not a scalar.
+        FloatingPointError: where the loss, or a product with its Hessian, is NaN or infinite.
 
     Example:
         >>> model = torch.nn.Linear(2, 1, bias=False)  # loss (w . x)^2: H = 2 x x^T
@@ -87,14 +89,17 @@ def compute_top_eigenvalues(
     basis_size: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Eigenpairs:
-    """The k eigenvalues at one end of the Hessian's spectrum, with eigenvectors and residuals, by Lanczos.
+    """The k eigenvalues at one end of the Hessian's spectrum, H v = lambda v, with eigenvectors and residuals.
+
+    By Lanczos (1950) with full orthogonalisation and thick restarts (Wu and Simon 2000).
 
     The model is measured in eval mode, over the parameters that require a gradient, and left exactly as found.
 
     Args:
         model: any module.
         loss_fn: maps (model output, targets) to a scalar tensor, the mean over samples.
-        inputs: a tensor, a tuple for ``model(*inputs)``, or, with targets None, a loader of the same batches each time.
+        inputs: a tensor, a tuple for ``model(*inputs)``, a mapping for ``model(**inputs)``; or a loader that gives such
+            (inputs, targets), or mappings alone, the same ones each time.
         targets: what loss_fn takes; None for a loader.
         k: number of eigenvalues, >= 1; at most n, the number of trainable entries, are found.
         which: "largest" or "smallest" algebraically, or "magnitude".
@@ -105,11 +110,13 @@ def compute_top_eigenvalues(
         generator: source of the first vector, on the CPU; None: a fixed one. The global random state is not touched.
 
     Returns:
-        ``eigenvalues`` [k] from the wanted end inwards, ``eigenvectors`` [n, k], ``residuals`` ||H v - lambda v|| [k]
-        and ``num_products``; where ``max_products`` was too small the residuals say how good they are.
+        ``eigenvalues`` [k] from the wanted end inwards, in loss per squared parameter unit, ``eigenvectors`` [n, k],
+        ``residuals`` ||H v - lambda v|| [k] and ``num_products``; where ``max_products`` was too small the residuals
+        say how good they are.
 
     Raises:
         ValueError: for a bad option, no trainable parameter, or a loss that is not a scalar.
+        FloatingPointError: where the loss, or a product with its Hessian, is NaN or infinite.
 
     Example:
         >>> model = torch.nn.Linear(2, 1, bias=False)  # loss (w . x)^2: H = 2 x x^T
@@ -148,7 +155,8 @@ def compute_hessian_sharpness(
     Args:
         model: any module.
         loss_fn: maps (model output, targets) to a scalar tensor, the mean over samples.
-        inputs: a tensor, a tuple for ``model(*inputs)``, or, with targets None, a loader of the same batches each time.
+        inputs: a tensor, a tuple for ``model(*inputs)``, a mapping for ``model(**inputs)``; or a loader that gives such
+            (inputs, targets), or mappings alone, the same ones each time.
         targets: what loss_fn takes; None for a loader.
         top_k: number of eigenvalues, >= 1; at most n are given.
         num_trace_products: products for trace and Frobenius norm, >= 2.
@@ -157,10 +165,12 @@ def compute_hessian_sharpness(
 
     Returns:
         ``max_eigenvalue`` (algebraically largest), ``top_k_eigenvalues`` (list, falling), ``trace`` and
-        ``frobenius_norm`` as floats; besides these ``min_eigenvalue``, and ``trace_standard_error`` (0 if exact).
+        ``frobenius_norm`` as floats, in loss per squared parameter unit; besides these ``min_eigenvalue``, and
+        ``trace_standard_error`` (0 if exact).
 
     Raises:
         ValueError: for a bad option, no trainable parameter, or a loss that is not a scalar.
+        FloatingPointError: where the loss, or a product with its Hessian, is NaN or infinite.
 
     Example:
         >>> model = torch.nn.Linear(2, 1, bias=False)  # loss (w . x)^2: H = 2 x x^T

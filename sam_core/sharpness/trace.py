@@ -20,6 +20,10 @@ class Estimate(NamedTuple):
         value: the estimate.
         standard_error: its standard deviation, estimated from the draws; 0 if exact.
         num_products: products with the Hessian, or evaluations of the loss, that it took.
+
+    Example:
+        >>> Estimate(value=20.0, standard_error=0.5, num_products=100)
+        Estimate(value=20.0, standard_error=0.5, num_products=100)
     """
 
     value: float
@@ -49,17 +53,19 @@ def compute_hessian_trace(
     Args:
         model: any module.
         loss_fn: maps (model output, targets) to a scalar tensor, the mean over samples.
-        inputs: a tensor, a tuple for ``model(*inputs)``, or, with targets None, a loader of the same batches each time.
+        inputs: a tensor, a tuple for ``model(*inputs)``, a mapping for ``model(**inputs)``; or a loader that gives such
+            (inputs, targets), or mappings alone, the same ones each time.
         targets: what loss_fn takes; None for a loader.
         num_products: most products with the Hessian, >= 2, for "hutch++" >= 6.
         method: "hutch++" or "hutchinson".
         generator: source of the vectors, on the CPU; None: a fixed one. The global random state is not touched.
 
     Returns:
-        ``value``, ``standard_error`` and ``num_products``.
+        ``value`` and ``standard_error`` in loss per squared parameter unit, and ``num_products``.
 
     Raises:
         ValueError: for a bad option, no trainable parameter, or a loss that is not a scalar.
+        FloatingPointError: where the loss, or a product with its Hessian, is NaN or infinite.
 
     Example:
         >>> model = torch.nn.Linear(2, 1, bias=False)  # loss (w . x)^2: H = 2 x x^T
@@ -101,12 +107,12 @@ def mean_and_error(draws: Tensor) -> tuple[float, float]:
 
 def _hutch_plus_plus(hessian: Hessian, num_vectors: int, generator: torch.Generator) -> Estimate:
     num_vectors = min(num_vectors, hessian.num_entries)
-    shape = (hessian.num_entries, num_vectors)
-    basis = torch.linalg.qr(hessian @ draw_signs(shape, hessian.like, generator)).Q
+    shape = (num_vectors, hessian.num_entries)  # drawn transposed, so that each vector lies in one piece of memory
+    basis = torch.linalg.qr(hessian @ draw_signs(shape, hessian.like, generator).T).Q
     known = float((basis * (hessian @ basis)).sum(dtype=torch.float64))
     if num_vectors == hessian.num_entries:
         return Estimate(known, 0.0, 2 * num_vectors)
-    rest = draw_signs(shape, hessian.like, generator)
+    rest = draw_signs(shape, hessian.like, generator).T
     rest = rest - basis @ (basis.T @ rest)
     forms = (rest * (hessian @ rest)).sum(dim=0, dtype=torch.float64).cpu()
     mean, error = mean_and_error(forms)

@@ -197,7 +197,7 @@ def test_top_eigenvalues_of_known_spectra(spectrum, which):
     expected = wanted(SPECTRA[spectrum], which, k)
     scale = max(torch.as_tensor(SPECTRA[spectrum]).abs().max().item(), 1e-12)
     crowded = (spectrum, which) == ("wide", "smallest")  # a hundred eigenvalues closer than a hundredth of the norm
-    atol = 1e-5 * scale if crowded else 1e-9 * scale
+    atol = 2e-5 * scale if crowded else 1e-9 * scale
     torch.testing.assert_close(found.eigenvalues.abs(), expected.abs(), rtol=0, atol=atol)
     product = matrix @ found.eigenvectors - found.eigenvectors * found.eigenvalues
     torch.testing.assert_close(product.norm(dim=0), found.residuals, rtol=1e-3, atol=1e-12 * scale)

@@ -110,6 +110,18 @@ def test_worst_case_is_at_least_the_one_step_value_and_grows_with_the_effort(rho
     assert (values[-1] > one) if rho else values[-1] == one == 0.0
 
 
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_the_box_holds_the_ball(adaptive):
+    """So its worst case is no less than one SAM step, even where a step of signs falls and one of lengths rises."""
+    matrix = torch.diag(torch.tensor([1.0, -100.0])).double()
+    options = {"rho": 0.5, "adaptive": adaptive, "eta": 0.01}
+    one = compute_sam_sharpness(Bowl([1.0, -1e-4]), value, matrix, None, **options)
+    box = compute_worst_case_sharpness(Bowl([1.0, -1e-4]), value, matrix, None, norm="linf", num_steps=1, **options)
+    assert box >= one > 0
+    if not adaptive:
+        assert box == one  # a step of signs goes to (1.5, 0.5), far below
+
+
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_no_random_neighbour_is_worse(norm, adaptive):

@@ -101,6 +101,8 @@ class GSAM(TwoPassOptimizer):
         """rho_t of a parameter group at its present learning rate, in parameter units."""
         if group["rho_min"] is None:
             return float(group["rho"])
+        if group["lr_max"] is None:  # added to the base optimizer, past add_param_group
+            group["lr_max"] = float(group["lr"])
         lr_min = group["lr_min"] or 0.0
         span = group["lr_max"] - lr_min
         share = (float(group["lr"]) - lr_min) / span if span > 0 else 1.0

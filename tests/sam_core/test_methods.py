@@ -45,6 +45,17 @@ def test_gsam_uses_that_radius_and_keeps_its_range_over_a_resume():
     torch.testing.assert_close(length.item(), 0.2, rtol=1e-12, atol=0)
 
 
+def test_gsam_ties_a_group_of_the_base_optimizers_to_its_own_learning_rate():
+    """Added past GSAM, it has no largest rate yet: that is the one it is first seen with."""
+    late = nn.Parameter(torch.ones(2))
+    optimizer = GSAM(make_model().parameters(), torch.optim.SGD, rho=0.5, rho_min=0.1, lr=0.4)
+    optimizer.base_optimizer.add_param_group({"params": [late], "lr": 0.2})
+    group = optimizer.param_groups[1]
+    assert optimizer.radius(group) == pytest.approx(0.5)
+    group["lr"] = 0.05
+    assert optimizer.radius(group) == pytest.approx(0.1 + 0.4 * 0.25)
+
+
 # Options --------------------------------------------------------------------------------------------------------------
 
 

@@ -116,6 +116,13 @@ class GuardedOptimizer(OptimizerWrapper):
         else:
             self._update(norm)
 
+    def _is_initialisation(self) -> bool:
+        """Whether the gradients in ``.grad`` are those of torch.distributed.checkpoint: see OptimizerWrapper."""
+        if self.state or any(group.get("lr", 0) != 0 for group in self.param_groups):
+            return False
+        grads = [p.grad for p in self._params_with_grad()]
+        return bool(grads) and float(_tensors.norm(grads, foreach=self.foreach)) == 0
+
     def _step_base(self, norm: Tensor | None = None) -> None:
         """Clip the gradients in ``.grad``, whose global norm may be given, and step the base optimizer."""
         self._clip(norm)

@@ -180,13 +180,6 @@ class MSAM(GuardedOptimizer):
     def _unknown(self, param: Tensor) -> dict[str, Any]:
         return {"weight": torch.zeros_like(param)}
 
-    def _is_initialisation(self) -> bool:
-        """Whether the gradients in ``.grad`` are those of torch.distributed.checkpoint: see OptimizerWrapper."""
-        if self.state or any(group["lr"] != 0 for group in self.param_groups):
-            return False
-        grads = [p.grad for p in self._params_with_grad()]
-        return bool(grads) and float(_tensors.norm(grads, foreach=self.foreach)) == 0
-
     def _update(self, norm: Tensor) -> None:
         self._move_back()
         try:

@@ -247,7 +247,8 @@ class TwoPassOptimizer(GuardedOptimizer):
         Args:
             closure: computes the loss, calls backward on it (on ``grad_scaler.scale(loss)``) and returns it, or
                 anything else. Gradients are cleared before each call. None after :meth:`first_step` is
-                :meth:`second_step`; else it is allowed where the perturbation is zero: the gradients in ``.grad`` are
+                :meth:`second_step`, but for the initialisation described at :class:`OptimizerWrapper`, which leaves
+                the step begun; else it is allowed where the perturbation is zero: the gradients in ``.grad`` are
                 all zero, or no second pass is due.
             grads_ready: the gradients at w are in ``.grad`` already; the closure runs once, at w + perturbation.
             grad_scaler: unscales the gradients of each pass; call its ``update()`` afterwards, not its ``step``.
@@ -281,6 +282,8 @@ class TwoPassOptimizer(GuardedOptimizer):
         if self._begun is not None:
             if closure is not None:
                 raise RuntimeError("step after first_step takes no closure: its second pass has been run already.")
+            if self._is_initialisation():
+                return self._step_base()  # the step begun goes on, or a load forgets it
             return self.second_step(grad_scaler=grad_scaler)
         due = self.second_pass_is_due()
         if closure is None:

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 import dcp_ranks
 from dcp_ranks import CASES, DDP_CASES, FULL_CASES, LOCAL_CASES, NUM_AFTER, NUM_BEFORE, REMEMBERING, build, place, train
-from sam_cases import BASES, METHODS, assert_bitwise, copies
+from sam_cases import BASES, METHODS, TWO_PASS, assert_bitwise, copies, make_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
 PAIR = pytest.mark.parametrize(("method", "other"), list(itertools.permutations(("sam", "asam", *REMEMBERING), 2)))
@@ -117,6 +117,63 @@ def test_initialisation_is_the_base_optimizers_alone(case):
     train(model, optimizer, 0, 3)
     train(other_model, other, 0, 3)
     assert_bitwise(copies(model), copies(other_model))
+
+
+def backward(model):
+    model(make_batch()[0]).square().mean().backward()
+
+
+def begin(model, optimizer):
+    """The first half of a first step, its gradients cleared."""
+    backward(model)
+    optimizer.first_step(zero_grad=True)
+    return copies(model)
+
+
+@pytest.mark.parametrize("method", TWO_PASS)
+def test_initialisation_does_not_end_a_step_begun(method):
+    results = []
+    for early in (True, False):  # AdamW counts the initialisation, whenever it is
+        model, optimizer = build((method, "adamw", ""))
+        if early:
+            get_optimizer_state_dict(model, optimizer)
+        moved = begin(model, optimizer)
+        get_optimizer_state_dict(model, optimizer)
+        assert_bitwise(copies(model), moved)
+        assert optimizer.in_second_pass and len(optimizer.state) == 6
+        backward(model)
+        optimizer.step()
+        results.append(copies(model))
+    assert_bitwise(*results)
+
+
+def test_a_first_step_at_a_learning_rate_of_zero_is_no_initialisation():
+    """A warm-up begins so: its gradients tell the two apart."""
+    model, optimizer = build(("sam", "adamw", ""))
+    before = copies(model)
+    optimizer.param_groups[0]["lr"] = 0.0
+    begin(model, optimizer)
+    backward(model)
+    optimizer.step()
+    assert not optimizer.in_second_pass
+    assert_bitwise(copies(model), before)
+
+
+@pytest.mark.parametrize("method", TWO_PASS)
+def test_a_load_into_a_step_begun_keeps_the_loaded_weights(method):
+    """The initialisation must not put back the weights that the step was begun from."""
+    model, optimizer = build((method, "adamw", ""))
+    train(model, optimizer, 0, NUM_BEFORE)
+    other, resumed = build((method, "adamw", ""), fresh=True)
+    begin(other, resumed)
+    model_state, optimizer_state = copy.deepcopy(get_state_dict(model, optimizer))
+    set_model_state_dict(other, model_state)
+    set_optimizer_state_dict(other, resumed, optimizer_state)
+    assert_bitwise(copies(other), copies(model))
+    assert not resumed.in_second_pass
+    train(model, optimizer, NUM_BEFORE, NUM_AFTER)
+    train(other, resumed, NUM_BEFORE, NUM_AFTER)
+    assert_bitwise(copies(other), copies(model))
 
 
 # From one process to another ------------------------------------------------------------------------------------------

@@ -18,8 +18,9 @@ class AveragedAscent(TwoPassOptimizer):
     because of the second pass or given up: keeping the old average until then would cost a third copy of the weights.
     """
 
-    def _unknown(self, param: Tensor) -> dict[str, Any]:
-        return {"average": torch.zeros_like(param, dtype=torch.promote_types(param.dtype, torch.float32))}
+    def _unknown(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        dtype = torch.promote_types(param.dtype, torch.float32)
+        return {"average": torch.zeros_like(param, dtype=dtype)} if group["perturb"] else {}
 
     def _average(self, params: list[Tensor], grads: list[Tensor], memory: float) -> list[Tensor]:
         """Take the gradients of one group into their averages and return these."""

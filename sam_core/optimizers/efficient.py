@@ -134,6 +134,9 @@ class EfficientSAM(TwoPassOptimizer):
         self.second_step(grad_scaler=grad_scaler)
         return losses.mean()
 
+    def second_pass_is_due(self) -> bool:
+        return super().second_pass_is_due() and bool(self._draw())  # nothing to draw if all of them are frozen
+
     def _draw(self) -> list[Tensor]:
         """The parameters that this step perturbs."""
         params = [p for group in self.param_groups if group["perturb"] for p in group["params"] if p.requires_grad]

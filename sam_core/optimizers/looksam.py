@@ -77,7 +77,7 @@ class LookSAM(TwoPassOptimizer):
         super()._check_group(group)
         check_nonnegative("alpha", group["alpha"])
 
-    def _unknown(self, param: Tensor) -> dict[str, Any]:
+    def _unknown(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         return {"flat_grad": torch.zeros_like(param)}
 
     def second_pass_is_due(self) -> bool:

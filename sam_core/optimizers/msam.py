@@ -46,7 +46,8 @@ class MSAM(GuardedOptimizer):
             ``base_optimizer``.
 
     Raises:
-        ValueError: for a bad option, or a base optimizer without momentum.
+        ValueError: for a bad option, or a base optimizer without momentum; in the first step, for one that keeps it
+            where it cannot be found, as ZeroRedundancyOptimizer does.
 
     Example:
         >>> w = torch.nn.Parameter(torch.tensor([1.0]))
@@ -177,8 +178,8 @@ class MSAM(GuardedOptimizer):
         if self._inside:
             self._move_back()
 
-    def _unknown(self, param: Tensor) -> dict[str, Any]:
-        return {"weight": torch.zeros_like(param)}
+    def _unknown(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        return {"weight": torch.zeros_like(param)} if group["perturb"] else {}
 
     def _update(self, norm: Tensor) -> None:
         self._move_back()
@@ -186,6 +187,13 @@ class MSAM(GuardedOptimizer):
             self._step_base(norm)
         finally:
             self._move_out()
+        for group in self.param_groups:
+            for param in group["params"] if group["rho"] > 0 and group["perturb"] else ():
+                if param.grad is not None and param not in self._moved:
+                    raise ValueError(
+                        f"base_optimizer must keep its momentum in its state, as {' or '.join(_MOMENTA)}, got "
+                        f"{type(self.base_optimizer).__name__} with {sorted(self.state.get(param, {}))}."
+                    )
 
     def _moves(self) -> list[Move]:
         """rho v / ||v|| of the parameters that have a momentum yet; to be subtracted."""

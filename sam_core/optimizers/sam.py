@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sam_core import _tensors
 from sam_core._checks import check_in
 from sam_core.ascent import AdaptiveAscent, L2Ascent
 from sam_core.optimizers.two_pass import TwoPassOptimizer
@@ -123,6 +124,9 @@ class SAM(TwoPassOptimizer):
                 if not due:
                     losses.append(loss)
                 total = {param: param.grad for param in self._params_with_grad()}
+                if number < len(closures):
+                    # Copies: DDP's gradient_as_bucket_view writes the next gradient into the memory of this one.
+                    total = dict(zip(total, _tensors.clone(list(total.values()), foreach=self.foreach), strict=True))
                 if self._begun is not None and not self._begun.skip and number < len(closures):
                     self.restore()
         except BaseException:

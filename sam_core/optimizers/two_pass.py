@@ -155,14 +155,14 @@ class TwoPassOptimizer(GuardedOptimizer):
                 raise
             error = bad
         self._begun = _Begun([], [], norm is None, self._spoil() if norm is None else [], error)
-        if norm is None and grad_scaler is not None:
-            grad_scaler.unscale_(self.base_optimizer)  # so that its update() hears of the overflow
-        elif norm is not None and self.second_pass_is_due():
-            try:
+        try:
+            if norm is None and grad_scaler is not None:
+                grad_scaler.unscale_(self.base_optimizer)  # so that its update() hears of the overflow
+            elif norm is not None and self.second_pass_is_due():
                 self._perturb(self._begun, norm, grad_scaler)
-            except BaseException:
-                self.restore()
-                raise
+        except BaseException:
+            self.restore()
+            raise
 
     def _perturb(self, begun: _Begun, norm: Tensor, grad_scaler: torch.amp.GradScaler | None) -> None:
         params = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
@@ -194,7 +194,7 @@ class TwoPassOptimizer(GuardedOptimizer):
     def _spoil(self) -> list[RemovableHandle]:
         """Let the second gradient be NaN: where ranks sum it, this one's bad first gradient makes all of them skip."""
         params = (p for group in self.param_groups for p in group["params"] if p.requires_grad)
-        return [p.register_hook(lambda grad: grad * math.nan) for p in params]
+        return [p.register_hook(_to_nan) for p in params]
 
     @torch.no_grad()
     def second_step(self, zero_grad: bool = False, *, grad_scaler: torch.amp.GradScaler | None = None) -> None:
@@ -332,3 +332,7 @@ class TwoPassOptimizer(GuardedOptimizer):
         """As usual; and forget a step begun, for its weights must not come back over loaded ones."""
         super().load_state_dict(state_dict)
         self._forget()
+
+
+def _to_nan(grad: Tensor) -> Tensor:  # not a lambda: an optimizer is copied and pickled at any time
+    return grad * math.nan

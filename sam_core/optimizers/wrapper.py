@@ -100,7 +100,7 @@ class OptimizerWrapper(Optimizer, ABC):
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise ValueError if the method's options in a parameter group are bad."""
 
-    def _unknown(self, param: Tensor) -> dict[str, Any]:
+    def _unknown(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """What is saved of a parameter that the method does not know yet, under the names of ``_method_state``.
 
         Its values count for nothing, but torch.distributed.checkpoint loads into tensors of a fresh optimizer alone.
@@ -147,7 +147,7 @@ class OptimizerWrapper(Optimizer, ABC):
             packed.update(_prefixed({"method": type(self).__name__, **self._counters}))
             for param, number in zip(group["params"], packed["params"], strict=True):
                 known = param in self._method_state
-                own = self._method_state[param] if known else self._unknown(param) if param.requires_grad else {}
+                own = self._method_state[param] if known else self._unknown(param, group) if param.requires_grad else {}
                 if own:
                     # A new dict: the one in there is the live one that the base optimizer steps with.
                     own = _prefixed({**own, "known": known})

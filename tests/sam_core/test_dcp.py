@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 import dcp_ranks
 from dcp_ranks import CASES, DDP_CASES, FULL_CASES, LOCAL_CASES, NUM_AFTER, NUM_BEFORE, REMEMBERING, build, place, train
-from sam_cases import BASES, METHODS, TWO_PASS, assert_bitwise, copies, make_batch
+from sam_cases import BASES, METHODS, TWO_PASS, assert_bitwise, copies, make_batch, make_closure, make_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
 PAIR = pytest.mark.parametrize(("method", "other"), list(itertools.permutations(("sam", "asam", *REMEMBERING), 2)))
@@ -71,6 +71,19 @@ def test_unknown_stays_unknown(method):
     for state in (optimizer.state_dict(), optimizer.state_dict()):
         other.load_state_dict(state)
         assert not any(entries["sam_core.known"] for entries in other.state_dict()["state"].values())
+
+
+@pytest.mark.parametrize("method", ["friendlysam", "momentumsam", "msam"])
+def test_what_is_never_perturbed_takes_no_room(method):
+    """So that a file does not hold zeros for a whole model of which the norms alone are perturbed."""
+    model = make_model()
+    groups = [{"params": model[0].parameters(), "perturb": False}, {"params": model[2].parameters()}]
+    optimizer = METHODS[method](groups, torch.optim.AdamW)
+    for _ in range(3):
+        entries = optimizer.state_dict()["state"]
+        own = {number: f"sam_core.{REMEMBERING[method]}" in entries.get(number, {}) for number in range(4)}
+        assert own == {0: False, 1: False, 2: True, 3: True}
+        optimizer.step(make_closure(model))
 
 
 def test_state_of_half_weights_is_wide():

@@ -114,6 +114,21 @@ def test_efficient_skips_parameters_that_the_loss_does_not_use():
     assert_bitwise([unused], [torch.ones(3, dtype=torch.float64)])
 
 
+def test_efficient_is_the_base_optimizer_where_all_that_may_be_drawn_is_frozen():
+    model, plain = make_model(), make_model()
+    model[2].requires_grad_(False)
+    plain[2].requires_grad_(False)
+    groups = [{"params": model[0].parameters(), "perturb": False}, {"params": model[2].parameters()}]
+    optimizer = EfficientSAM(groups, torch.optim.SGD, rho=0.1, lr=0.1)
+    base = torch.optim.SGD(plain.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.step(make_closure(model, method="efficientsam"))
+        base.zero_grad()
+        make_closure(plain)()
+        base.step()
+    assert_bitwise(copies(model), copies(plain))
+
+
 def test_efficient_two_step_form_moves_the_drawn_weights():
     results = []
     for form in ("closure", "two_step"):

@@ -265,6 +265,19 @@ def test_the_distributed_loop_in_one_process(method, one_rank, caplog):
         assert_bitwise(copies(model), copies(models[0]))
 
 
+@pytest.mark.parametrize("context", ["no_sync", "none"])
+def test_m_sharpness_sums_gradients_that_share_the_memory_of_a_bucket(context, one_rank):
+    results = []
+    for views in (False, True):
+        model = DistributedDataParallel(make_model(), gradient_as_bucket_view=views)
+        optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.5)
+        for _ in range(2):
+            parts = make_closures(model, make_loader(), nn.functional.cross_entropy, optimizer)
+            optimizer.step_m_sharpness(parts, no_sync=model.no_sync if context == "no_sync" else None)
+        results.append(copies(model))
+    assert_bitwise(*results)
+
+
 def test_accumulation_leaves_ranks_to_the_distributed_loop(one_rank):
     model = DistributedDataParallel(make_model())
     optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 
@@ -209,6 +210,26 @@ def test_a_momentum_is_needed(options):
         MSAM(make_model().parameters(), kind, lr=0.1, **options)
     model = make_model()
     MSAM(model.parameters(), kind, rho=0.0, lr=0.1, **options).step(make_closure(model))  # the base optimizer
+
+
+def test_a_momentum_that_is_kept_elsewhere_is_refused(base):
+    """It would train as the base optimizer, without a word."""
+
+    class Wrapped(BASES[base][0]):
+        """As ZeroRedundancyOptimizer, whose state is that of an optimizer inside."""
+
+        def step(self, closure=None):
+            super().step(closure)
+            self.hidden, self.state = self.state, collections.defaultdict(dict)
+
+    model = make_model()
+    optimizer = MSAM(model.parameters(), Wrapped, **BASES[base][1])
+    make_closure(model)()
+    with pytest.raises(
+        ValueError,
+        match=r"^base_optimizer must keep its momentum in its state, as momentum_buffer or exp_avg, got Wrapped with ",
+    ):
+        optimizer.step()
 
 
 def test_eval_and_train_are_the_block_for_loops_that_are_not_one(base):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -535,6 +536,35 @@ def test_a_bad_first_gradient_of_one_rank_raises_after_the_second_pass(build):
     assert calls == [[False] * 4, [True] * 4]
     assert not optimizer.in_second_pass
     assert_bitwise(copies(model), before)
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_a_step_begun_with_a_bad_gradient_is_copied_with_it(build, way):
+    model = make_model()
+    optimizer, before = build(model, nonfinite="skip"), copies(model)
+    make_closure(model)()
+    model[0].bias.grad.fill_(torch.nan)
+    optimizer.first_step()
+    pair = copy.deepcopy((model, optimizer)) if way == "deepcopy" else pickle.loads(pickle.dumps((model, optimizer)))
+    make_closure(pair[0])()
+    pair[1].second_step()
+    assert pair[1].num_skipped == 1 and optimizer.num_skipped == 0
+    assert_bitwise(copies(pair[0]), before)
+
+
+def test_a_scaler_that_was_not_updated_leaves_no_step_begun(build):
+    """Its error must not leave behind what makes the second gradient bad."""
+    model, scaler = make_model(), torch.amp.GradScaler("cpu")
+    optimizer, closure = build(model), make_closure(model, scaler=scaler)
+    closure()
+    model[0].bias.grad.fill_(torch.nan)
+    scaler.unscale_(optimizer.base_optimizer)
+    with pytest.raises(RuntimeError, match=r"^unscale_\(\) has already been called"):
+        optimizer.first_step(grad_scaler=scaler)
+    assert not optimizer.in_second_pass
+    optimizer.zero_grad()
+    closure()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 # Part of the weights --------------------------------------------------------------------------------------------------

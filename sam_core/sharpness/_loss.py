@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value
+from torch.func import functional_call
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from sam_core.sharpness._batches import as_pair, count_samples, cut, map_tensors
-from sam_core.sharpness._random import RandomState, random_states_of
+from sam_core.sharpness._random import RandomState, kept_random_numbers, random_states_of
 
 Params = dict[str, Tensor]
 BatchLoss = Callable[[Params], Tensor]
@@ -44,6 +44,7 @@ class ParameterLoss:
         frozen = {name: p for name, p in self._loss_fn.named_parameters() if not p.requires_grad}
         self._fixed = {name: self._wide(p.detach()) for name, p in frozen.items()} if self._widen else {}
         self._buffers = dict(self._loss_fn.named_buffers())
+        self._tied = _tied_names(self._loss_fn)
         self.like = _widest([*self.params.values()])
         self.num_entries = sum(param.numel() for param in self.params.values())
         self.devices = {tensor.device for tensor in (*trainable.values(), *frozen.values())}
@@ -89,32 +90,46 @@ class ParameterLoss:
 
     def value_and_grad(self, params: Params) -> tuple[float, Params]:
         """L at these parameters, and its gradient there."""
-        total, value, sums = 0, 0.0, {name: torch.zeros_like(param) for name, param in params.items()}
+        total, value = 0, 0.0
+        sums: Params = {}
         for size, loss in self.batches():
-            grads, batch_value = grad_and_value(loss)(params)
-            total, value = total + size, value + size * float(batch_value)
-            for name, sum_ in sums.items():
-                sum_.add_(grads[name], alpha=size)
+            leaves, batch_value = self.graph(loss, params)
+            total, value = total + size, value + size * float(batch_value.detach())
+            for name, grad in grads_by(batch_value, leaves).items():
+                sums[name] = sums[name].add_(grad, alpha=size) if name in sums else size * grad
         return value / total, {name: sum_ / total for name, sum_ in sums.items()}
 
-    def flatten(self, params: Params) -> Tensor:
-        """One vector [n], in the order of ``model.parameters()``."""
-        return torch.cat([params[name].reshape(-1).to(self.like) for name in self.params])
+    @staticmethod
+    def graph(loss: BatchLoss, params: Params) -> tuple[Params, Tensor]:
+        """Leaves that share the parameters' memory, and the loss as a function of them."""
+        leaves = {name: param.detach().requires_grad_() for name, param in params.items()}
+        with torch.enable_grad():
+            return leaves, loss(leaves)
 
-    def unflatten(self, vector: Tensor) -> Params:
-        """Cut a vector [n] into pieces shaped, typed and placed like the parameters."""
-        pieces = torch.split(vector.detach(), [param.numel() for param in self.params.values()])
+    def flatten(self, values: Params) -> Tensor:
+        """One vector [n], in the order of ``model.parameters()``, or [k, n] from k values of each."""
+        pieces = []
+        for name, param in self.params.items():
+            value = values[name]
+            pieces.append(value.reshape(*value.shape[: value.ndim - param.ndim], param.numel()).to(self.like))
+        return torch.cat(pieces, dim=-1)
+
+    def unflatten(self, vectors: Tensor) -> Params:
+        """Cut vectors [n] or [k, n] into pieces shaped, after k, typed and placed like the parameters."""
+        pieces = torch.split(vectors.detach(), [param.numel() for param in self.params.values()], dim=-1)
         return {
-            name: piece.reshape(param.shape).to(param)
+            name: piece.reshape(*piece.shape[:-1], *param.shape).to(param)
             for (name, param), piece in zip(self.params.items(), pieces, strict=True)
         }
 
     def _loss_of(self, inputs: Any, targets: Any) -> BatchLoss:
         def loss(params: Params) -> Tensor:
             buffers = {name: self._wide(buffer.clone()) for name, buffer in self._buffers.items()}
-            with RandomState(self.devices).kept():
-                arguments = map_tensors(torch.clone, inputs), targets  # the model may write to its inputs
-                value: Tensor = functional_call(self._loss_fn, {**self._fixed, **params, **buffers}, arguments)
+            values = {**self._fixed, **params, **buffers}
+            values |= {alias: values[name] for alias, name in self._tied.items() if name in values}
+            arguments = map_tensors(torch.clone, inputs), targets  # the model may write to its inputs
+            with kept_random_numbers(self.devices):
+                value: Tensor = functional_call(self._loss_fn, values, arguments, tie_weights=False)
             _check_loss(value)
             return value
 
@@ -127,6 +142,15 @@ class ParameterLoss:
         """On the model's device, if it has only one, and in its dtype."""
         device = next(iter(self.devices)) if len(self.devices) == 1 else None
         return map_tensors(lambda tensor: self._wide(tensor if device is None else tensor.to(device)), value)
+
+
+def grads_by(value: Tensor, leaves: Params, *, create_graph: bool = False) -> Params:
+    """The gradient of a value by its leaves, zero where it does not depend on them."""
+    if not value.requires_grad:
+        return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+    with torch.enable_grad():
+        grads = torch.autograd.grad(value, [*leaves.values()], create_graph=create_graph, materialize_grads=True)
+    return dict(zip(leaves, grads, strict=True))
 
 
 class _LossOf(nn.Module):
@@ -174,6 +198,13 @@ def parameter_loss(
     finally:
         for module, mode in training.items():
             module.training = mode
+
+
+def _tied_names(module: nn.Module) -> dict[str, str]:
+    """For each further name of a parameter or buffer, its first one."""
+    first: dict[Tensor, str] = {}
+    every = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return {name: first[tensor] for name, tensor in every if first.setdefault(tensor, name) != name}
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -12,18 +12,25 @@ from torch.func import grad, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sam_core._checks import check_count
-from sam_core.sharpness._loss import BatchLoss, ParameterLoss, Params, parameter_loss
+from sam_core.sharpness._loss import BatchLoss, ParameterLoss, Params, grads_by, parameter_loss
+
+Multiply = Callable[[Params, bool], Params]
+
+_KEPT_BYTES = 2**28  # of the graphs of a loader's batches, about
+_FEW_ENTRIES = 500_000  # so many are multiplied at once, where it is calls that take the time and not arithmetic
 
 
 class Hessian:
     """H as a linear operator: ``hessian @ v`` is H v, exactly; made by :func:`hessian_operator`.
 
     For one batch the graph of the gradient is kept, so that a product costs one more backward through it, less than two
-    gradients; for a loader each product runs over all batches, and a block of vectors [n, k] over all of them once.
+    gradients; for a loader too, from the second product on, if the graphs of all batches take less than about 256 MB.
+    Else each product runs over the loader, and a block of vectors [n, k] once.
 
     Attributes:
         num_entries: the number n of entries of all trainable parameters.
         like: a tensor [0] on the device and of the dtype of vectors that suit H.
+        num_together: vectors of a block that are multiplied at once: several where n is small.
 
     Source: Pearlmutter 1994.
 
@@ -39,20 +46,21 @@ class Hessian:
         self.num_entries = loss.num_entries
         self.like = loss.like
         self._loss = loss
-        self._kept: Callable[[Params], Params] | None = None
+        self._kept: list[tuple[int, Multiply]] = []
+        self._room, self._wants_graphs = _KEPT_BYTES, False
+        self.num_together = max(1, min(32, _FEW_ENTRIES // loss.num_entries))
 
     def __matmul__(self, vectors: Tensor) -> Tensor:
         """H V for vectors [n] or [n, k], in the order of ``model.parameters()``; shaped like V."""
         if vectors.ndim not in (1, 2) or len(vectors) != self.num_entries:
             shape = f"[{self.num_entries}] or [{self.num_entries}, k]"
             raise ValueError(f"vector must have shape {shape}, got {list(vectors.shape)}.")
-        columns = vectors.reshape(self.num_entries, -1).T.contiguous()
-        pieces = [self._loss.unflatten(column) for column in columns]
+        rows = vectors.reshape(self.num_entries, -1).T.contiguous()
         products: list[Tensor] = []
         total = 0
         for size, multiply in self._multipliers():
             total += size
-            parts = [self._loss.flatten(multiply(piece)) for piece in pieces]
+            parts = [part for chunk in rows.split(self.num_together) for part in self._multiplied(multiply, chunk)]
             if products:
                 for product, part in zip(products, parts, strict=True):
                     product.add_(part, alpha=size)
@@ -79,29 +87,49 @@ class Hessian:
         _check_finite(rows)
         return (rows + rows.T) / (2 * total)
 
-    def _multipliers(self) -> Iterator[tuple[int, Callable[[Params], Params]]]:
+    def _multiplied(self, multiply: Multiply, rows: Tensor) -> list[Tensor]:
+        """H v for the rows v [k, n]."""
+        if len(rows) == 1:
+            return [self._loss.flatten(multiply(self._loss.unflatten(rows[0]), False))]
+        return [*self._loss.flatten(multiply(self._loss.unflatten(rows), True))]
+
+    def _multipliers(self) -> Iterator[tuple[int, Multiply]]:
         """For each batch its size and v -> H_i v."""
-        if self._kept is not None:
-            yield 1, self._kept
+        if self._kept:
+            yield from self._kept
             return
+        kept: list[tuple[int, Multiply]] = []
         for size, loss in self._loss.batches():
+            if self._wants_graphs:
+                self._room -= _graph_bytes(loss, self._loss.params)
             multiply = _multiplier(loss, self._loss.params)
-            if self._loss.has_one_batch:
-                self._kept = multiply
+            if self._loss.has_one_batch or (self._wants_graphs and self._room > 0):
+                kept.append((size, multiply))
+            else:
+                kept.clear()
             yield size, multiply
+        self._kept, self._wants_graphs = kept, self._room > 0  # of a loader only in the second pass: there may be none
 
 
-def _multiplier(loss: BatchLoss, params: Params) -> Callable[[Params], Params]:
-    """v -> H v. As H is symmetric, reverse over reverse will do; more operations have it than forward over reverse."""
-    leaves = {name: param.detach().requires_grad_() for name, param in params.items()}
-    with torch.enable_grad():
-        value = loss(leaves)
-        if not value.requires_grad:
-            return lambda pieces: {name: torch.zeros_like(piece) for name, piece in pieces.items()}
-        grads = torch.autograd.grad(value, [*leaves.values()], create_graph=True, materialize_grads=True)
-    curved = {name: g for name, g in zip(leaves, grads, strict=True) if g.requires_grad}  # the loss is linear elsewhere
+def _graph_bytes(loss: BatchLoss, params: Params) -> int:
+    """About what the graph of the gradient takes: three times that of the loss, and the gradient."""
+    storages: dict[int, int] = {}
 
-    def multiply(pieces: Params) -> Params:
+    def count(tensor: Tensor) -> None:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda nothing: nothing):
+        ParameterLoss.graph(loss, params)
+    return 3 * sum(storages.values()) + sum(2 * param.nbytes for param in params.values())
+
+
+def _multiplier(loss: BatchLoss, params: Params) -> Multiply:
+    """V -> H V. As H is symmetric, reverse over reverse will do; more operations have it than forward over reverse."""
+    leaves, value = ParameterLoss.graph(loss, params)
+    grads = grads_by(value, leaves, create_graph=True)
+    curved = {name: slope for name, slope in grads.items() if slope.requires_grad}  # elsewhere the loss is linear
+
+    def multiply(pieces: Params, together: bool) -> Params:
         if not curved:
             return {name: torch.zeros_like(piece) for name, piece in pieces.items()}
         products = torch.autograd.grad(
@@ -109,9 +137,11 @@ def _multiplier(loss: BatchLoss, params: Params) -> Callable[[Params], Params]:
             [*leaves.values()],
             [pieces[name] for name in curved],
             retain_graph=True,
+            is_grads_batched=together,
             materialize_grads=True,
         )
-        return dict(zip(leaves, products, strict=True))
+        # Where nothing depends on a leaf, its zeros have no axis for the vectors.
+        return {name: product.expand_as(pieces[name]) for name, product in zip(leaves, products, strict=True)}
 
     return multiply
 

@@ -87,12 +87,13 @@ def compute_hessian_trace(
 def draw_quadratic_forms(hessian: Hessian, num_draws: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """g^T H g and ||H g||^2 [num_draws] for vectors g of independent signs; their means are tr H and ||H||_F^2."""
     forms, squares = [], []
-    for _ in range(num_draws):
-        signs = draw_signs((hessian.num_entries,), hessian.like, generator)
-        product = hessian @ signs
-        forms.append(float(signs @ product))
-        squares.append(float(product @ product))
-    return torch.tensor(forms, dtype=torch.float64), torch.tensor(squares, dtype=torch.float64)
+    for start in range(0, num_draws, hessian.num_together):
+        shape = (min(hessian.num_together, num_draws - start), hessian.num_entries)
+        signs = draw_signs(shape, hessian.like, generator).T
+        products = hessian @ signs
+        forms.append((signs * products).sum(dim=0).cpu())
+        squares.append(products.square().sum(dim=0).cpu())
+    return torch.cat(forms).double(), torch.cat(squares).double()
 
 
 def draw_signs(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
@@ -109,11 +110,11 @@ def _hutch_plus_plus(hessian: Hessian, num_vectors: int, generator: torch.Genera
     num_vectors = min(num_vectors, hessian.num_entries)
     shape = (num_vectors, hessian.num_entries)  # drawn transposed, so that each vector lies in one piece of memory
     basis = torch.linalg.qr(hessian @ draw_signs(shape, hessian.like, generator).T).Q
-    known = float((basis * (hessian @ basis)).sum(dtype=torch.float64))
+    known = float((basis * (hessian @ basis)).sum())
     if num_vectors == hessian.num_entries:
         return Estimate(known, 0.0, 2 * num_vectors)
     rest = draw_signs(shape, hessian.like, generator).T
     rest = rest - basis @ (basis.T @ rest)
-    forms = (rest * (hessian @ rest)).sum(dim=0, dtype=torch.float64).cpu()
+    forms = (rest * (hessian @ rest)).sum(dim=0).cpu().double()
     mean, error = mean_and_error(forms)
     return Estimate(known + mean, error, 3 * num_vectors)

@@ -153,6 +153,32 @@ def test_a_loader_of_unequal_batches_is_the_batch_of_all(form, two_inputs):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+class Counted(list):
+    """Batches that are counted as they are taken."""
+
+    num_taken = 0
+
+    def __iter__(self):
+        for batch in list.__iter__(self):
+            self.num_taken += 1
+            yield batch
+
+
+@pytest.mark.parametrize(("room", "num_passes"), [(2**28, 2), (3_000, 5), (0, 5)])
+def test_graphs_of_a_loader_are_kept_where_they_are_small(room, num_passes, monkeypatch):
+    """3,000 bytes hold the graph of the first batch alone."""
+    monkeypatch.setattr("sam_core.sharpness.hessian._KEPT_BYTES", room)
+    inputs, targets = make_batch()
+    loader = Counted([(inputs[:6], targets[:6]), (inputs[6:], targets[6:])])
+    dense = compute_hessian(make_model(), cross_entropy, inputs, targets)
+    vectors = torch.randn(39, 3, generator=seeded()).double()
+    with hessian_operator(make_model(), cross_entropy, loader) as hessian:
+        for product in [hessian @ vectors for _ in range(4)] + [(hessian @ vectors[:, :1])]:
+            expected = dense @ vectors[:, : product.shape[1]]
+            torch.testing.assert_close(product, expected, rtol=1e-10, atol=1e-12)
+    assert loader.num_taken == 2 * num_passes
+
+
 def test_a_loader_without_batches_is_refused():
     used_up = iter([make_batch()])
     compute_hessian_vector_product(make_model(), cross_entropy, used_up, None, torch.ones(39).double())

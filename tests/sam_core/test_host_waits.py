@@ -19,12 +19,13 @@ LOOKS = {
     "wsam": (6, 0),
     "wsam_coupled": (6, 0),
     "friendlysam": (6, 0),
-    "looksam": (10, 5),  # in steps with a second pass; 6 and 3 in those without
+    "looksam": (10, 5),
     "efficientsam": (6, 2),
     "momentumsam": (6, 0),
     "msam": (4, 2),
     "memoryefficientsam": (5, 0),
 }
+WITHOUT_SECOND_PASS = {"looksam": (6, 3)}  # in the steps between its own
 WAITLESS = [method for method, (_, looks) in LOOKS.items() if looks == 0]
 BATCH = (torch.ones(4, 5), torch.tensor([0, 1, 2, 0]))
 
@@ -48,7 +49,8 @@ class Watch(TorchDispatchMode):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_looks_at_values(method):
-    for nonfinite, expected in zip(("raise", "ignore"), LOOKS[method], strict=True):
+    fewest = WITHOUT_SECOND_PASS.get(method, LOOKS[method])
+    for nonfinite, *expected in zip(("raise", "ignore"), fewest, LOOKS[method], strict=True):
         model = make_model(torch.float32)
         optimizer = METHODS[method](
             model.parameters(), torch.optim.SGD, nonfinite=nonfinite, max_grad_norm=1.0, lr=0.1, momentum=0.9
@@ -58,7 +60,7 @@ def test_looks_at_values(method):
             with Watch() as watch:
                 optimizer.step(make_closure(model, BATCH, method=method))
             looks.append(watch.looks)
-        assert max(looks[2:]) == expected
+        assert sorted(looks[2:]) == expected
 
 
 def step_on_fake_cuda(method: str, nonfinite: str, base: type[torch.optim.Optimizer], **options: object) -> Watch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
@@ -13,13 +13,17 @@ from sam_core.optimizers.wrapper import OptimizerWrapper
 from sam_core.training.batchnorm import frozen_running_stats
 
 try:
-    from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.callbacks import Callback
-    from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-except ImportError as missing:
-    raise ImportError(
-        "sam_core.integrations.lightning needs the package lightning: pip install lightning."
-    ) from missing
+except ImportError:
+    try:
+        from pytorch_lightning.callbacks import Callback  # type: ignore[assignment]  # the same, under its older name
+    except ImportError as missing:
+        raise ImportError(
+            "sam_core.integrations.lightning needs the package lightning: pip install lightning."
+        ) from missing
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 
 class SharpnessAwareCallback(Callback):
@@ -118,10 +122,12 @@ def _ours(trainer: Trainer) -> list[OptimizerWrapper]:
 
 
 def _check_strategy(optimizer: OptimizerWrapper, trainer: Trainer) -> None:
-    if type(trainer.strategy) not in (SingleDeviceStrategy, DDPStrategy):
+    kind = type(trainer.strategy)
+    # By name: lightning.pytorch and pytorch_lightning have classes of their own.
+    if kind.__name__ not in ("SingleDeviceStrategy", "DDPStrategy") or "lightning" not in kind.__module__:
         raise ValueError(
             f"strategy must be one device or DDP with {type(optimizer).__name__}, got "
-            f"{type(trainer.strategy).__name__}, where norms over all parameters, or the step, are not the optimizer's."
+            f"{kind.__name__}, where norms over all parameters, or the step, are not the optimizer's."
         )
 
 

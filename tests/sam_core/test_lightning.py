@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import doctest
+import importlib
 import sys
 
 import pytest
@@ -412,14 +413,39 @@ def test_two_callbacks_do_no_harm(monkeypatch, tmp_path):
         assert_bitwise(state(module.net), state(plain_loop(method)[0]))
 
 
+@pytest.mark.parametrize("method", ["sam", "looksam", "msam"])
+def test_the_package_under_its_older_name(method):
+    """pytorch_lightning has classes of its own, and the callback serves both."""
+    import pytorch_lightning
+
+    class Older(pytorch_lightning.LightningModule):
+        training_step, configure_optimizers = Module.training_step, Module.configure_optimizers
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.how, self.losses = make_net(), (method, "sgd", {}), []
+
+    module = Older()
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    options = {"max_epochs": 2, "callbacks": [SharpnessAwareCallback()], "accelerator": "cpu", **quiet}
+    pytorch_lightning.Trainer(**options).fit(module, make_loader())
+    assert_bitwise(state(module.net), state(plain_loop(method)[0]))
+    with pytest.raises(ValueError, match=r"^accumulate_grad_batches must be 1 with \w+, got 2: the step clears"):
+        pytorch_lightning.Trainer(accumulate_grad_batches=2, **options).fit(Older(), make_loader())
+
+
 def test_documented_example_runs():
     names = {"torch": torch, "SAM": sam_core.SAM}
     assert doctest.testmod(integration, extraglobs=names, raise_on_error=True).attempted > 0
 
 
 def test_without_lightning_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
     monkeypatch.delitem(sys.modules, "sam_core.integrations.lightning")
+    monkeypatch.setitem(sys.modules, "lightning.pytorch.callbacks", None)
+    older = importlib.import_module("sam_core.integrations.lightning").SharpnessAwareCallback
+    assert older.__base__.__module__.startswith("pytorch_lightning")
+    monkeypatch.delitem(sys.modules, "sam_core.integrations.lightning")
+    monkeypatch.setitem(sys.modules, "pytorch_lightning.callbacks", None)
     with pytest.raises(ImportError, match=r"^sam_core\.integrations\.lightning needs the package lightning: pip inst"):
         __import__("sam_core.integrations.lightning")
 
@@ -434,11 +460,11 @@ def test_a_module_survives_copying():
 
 def test_an_installation_attaches_it_to_every_trainer():
     """So that whoever forgets it is refused as well."""
-    import importlib
     import tomllib
     from pathlib import Path
 
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    (target,) = project["entry-points"]["lightning.pytorch.callbacks_factory"].values()
-    module, name = target.split(":")
-    assert getattr(importlib.import_module(module), name) is SharpnessAwareCallback
+    for package in ("lightning.pytorch", "pytorch_lightning"):
+        (target,) = project["entry-points"][f"{package}.callbacks_factory"].values()
+        module, name = target.split(":")
+        assert getattr(importlib.import_module(module), name) is SharpnessAwareCallback

@@ -43,8 +43,9 @@ class CommunicationEstimate:
 
     Args:
         num_ranks: processes.
-        passes: forward and backward passes a step.
-        synchronised_passes: those of them that communicate.
+        passes: forward and backward passes a step, in units of a whole one.
+        quiet_passes: what those of them cost that do not communicate, in units of a whole one.
+        synchronised_passes: how many communicate.
         all_reduced: bytes of the tensors that are all-reduced.
         all_gathered: bytes of the tensors that are all-gathered.
         reduce_scattered: bytes of the tensors that are reduce-scattered.
@@ -54,6 +55,7 @@ class CommunicationEstimate:
 
     num_ranks: int
     passes: float
+    quiet_passes: float
     synchronised_passes: float
     all_reduced: float
     all_gathered: float
@@ -94,8 +96,8 @@ class CommunicationEstimate:
         check_nonnegative("pass_seconds", pass_seconds)
         check_positive("bytes_per_second", bytes_per_second)
         sending = self.bytes_sent / bytes_per_second
-        quiet = (self.passes - self.synchronised_passes) * pass_seconds
-        hidden = quiet + max(self.synchronised_passes * pass_seconds, sending)
+        quiet = self.quiet_passes * pass_seconds
+        hidden = quiet + max((self.passes - self.quiet_passes) * pass_seconds, sending)
         return hidden, self.passes * pass_seconds + sending
 
 
@@ -174,6 +176,7 @@ def estimate_communication(
     reduces = sharding == "ddp" and num_ranks > 1
     local = costs.always_local or (costs.local_ascent and ascent == "local")
     synchronised = 0.0 if num_ranks == 1 else 1.0 if reduces and local else whole_passes
+    loud = 0.0 if num_ranks == 1 else costs.second_pass if reduces and local else costs.passes
     width = (compute_dtype or param_dtype).itemsize
     reduced = (reduce_dtype or compute_dtype or param_dtype).itemsize
     one = num_params * param_dtype.itemsize
@@ -184,6 +187,7 @@ def estimate_communication(
     return CommunicationEstimate(
         num_ranks=num_ranks,
         passes=costs.passes,
+        quiet_passes=costs.passes - loud,
         synchronised_passes=synchronised,
         all_reduced=synchronised * one if reduces else 0.0,
         all_gathered=gathered * width if gathers else 0.0,

@@ -43,6 +43,7 @@ class MethodCosts:
         keeps_gradient: one of the copies is the gradient at w.
         passes: forward and backward passes a step, in units of a whole one.
         second_passes: share of the steps that take a second pass.
+        second_pass: what that costs, in units of a whole one.
         local_ascent: the first pass may stay on its rank, and then only one is synchronised.
         always_local: under DDP it does so in any case.
         choosing_forwards: forwards without a graph a step, part of ``passes``.
@@ -57,6 +58,7 @@ class MethodCosts:
     keeps_gradient: bool = False
     passes: float = 2.0
     second_passes: float = 1.0
+    second_pass: float = 1.0
     local_ascent: bool = False
     always_local: bool = False
     choosing_forwards: int = 0
@@ -84,7 +86,9 @@ _METHODS = {
     "friendlysam": MethodCosts(state=Copies(wide=1), closure=_BACKUP, ascent=Copies(same=1, wide=1), norms=3.0),
     "momentumsam": MethodCosts(state=Copies(wide=1), closure=_BACKUP, ascent=_BACKUP, norms=3.0),
     "msam": MethodCosts(state=_BACKUP, passes=1.0, second_passes=0.0),
-    "memoryefficientsam": replace(_SAM, passes=2 + 2 / 3),  # a forward, a third of a pass, once more in each
+    "memoryefficientsam": replace(
+        _SAM, passes=8 / 3, second_pass=4 / 3
+    ),  # a forward, a third of a pass, once more in each
 }
 
 #: State that a base optimizer keeps, and what torch's fused lists ("foreach") of its step make for a moment, in copies
@@ -150,6 +154,7 @@ def method_costs(method: str, *, k: int = 5, perturbation_ratio: float = 0.5, sa
             closure=share,
             ascent=share,
             passes=passes,
+            second_pass=sample_ratio,
             always_local=True,
             choosing_forwards=forwards,
             norms=3.0,

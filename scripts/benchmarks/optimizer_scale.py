@@ -3,7 +3,7 @@
 Memory and communication are those of sam_core.planning. The estimates are then held against small models: what they
 really allocate on one device and on simulated ranks, and what they really call on 1 to 1,024 of these.
 
-For example: python scripts/benchmarks/optimizer_scale.py --figure assets/figures/scale.png
+For example: python scripts/benchmarks/optimizer_scale.py --figure docs/figures/scale.png
 """
 
 from __future__ import annotations
@@ -19,8 +19,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from simulated_ranks import simulated_ranks
-from small_models import K, LanguageModel, count_collectives, make_distributed, matrices, measure_memory, measure_single
+from small_models import (
+    FULL_PRECISION,
+    K,
+    LanguageModel,
+    count_collectives,
+    make_distributed,
+    matrices,
+    measure_memory,
+    measure_single,
+)
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from _common import run
 from sam_core.planning import (
@@ -208,7 +218,13 @@ def check_memory() -> Iterable[str]:
             )
         ]
         yield f"measured / estimated bytes, one device, {base}, {len(METHOD_NAMES)} methods: {_range(shares)}"
-    for sharding, num_ranks in (("ddp", 8), ("fsdp", 8), ("fsdp", 64)):
+    cases: list[tuple[str, int, dict[str, Any]]] = [
+        ("ddp", 8, {}),
+        ("fsdp", 8, {}),
+        ("fsdp", 64, {}),
+        ("fsdp", 64, MIXED),
+    ]
+    for sharding, num_ranks, dtypes in cases:
         shares = []
         for method in ("base", "sam", "asam", "gsam", "friendlysam", "msam"):
             model = LanguageModel(depth=24, width=128, hidden=256, vocabulary=128)
@@ -221,11 +237,13 @@ def check_memory() -> Iterable[str]:
                 unit_params=model.unit_params,
                 root_params=model.root_params,
                 foreach=False,
+                **dtypes,
             )
             with simulated_ranks(num_ranks):
-                measured = measure_memory(partial(_small, method, sharding), num_steps=2)
+                measured = measure_memory(partial(_small, method, sharding, bool(dtypes)), num_steps=2)
             shares += [m / e for m, e in zip(_sums(measured, method), _sums(estimate, method), strict=True)]
-        yield f"measured / estimated bytes, {sharding} on {num_ranks} simulated ranks, 6 methods: {_range(shares)}"
+        case = f"{sharding}{' mixed' if dtypes else ''} on {num_ranks} simulated ranks, 6 methods"
+        yield f"measured / estimated bytes, {case}: {_range(shares)}"
 
 
 def check_communication() -> Iterable[str]:
@@ -252,10 +270,11 @@ def check_communication() -> Iterable[str]:
             yield f"counted / estimated bytes, {case}: {_range(shares)}; {numbers} calls a step"
 
 
-def _small(method: str, sharding: str) -> Any:
+def _small(method: str, sharding: str, mixed: bool) -> Any:
     torch.manual_seed(0)
     model = LanguageModel(depth=24, width=128, hidden=256, vocabulary=128)
-    return make_distributed(method, "adamw", sharding, model, foreach=False)
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed else FULL_PRECISION
+    return make_distributed(method, "adamw", sharding, model, foreach=False, policy=policy)
 
 
 def _sums(memory: Any, method: str) -> tuple[int, ...]:

@@ -250,18 +250,24 @@ def test_step_seconds_by_hand():
         method: estimate_communication(10**9, method, sharding="ddp", num_ranks=2).step_seconds(
             pass_seconds=1.0, bytes_per_second=2e9
         )
-        for method in ("base", "sam", "gsam", "looksam")
+        for method in ("base", "sam", "gsam", "looksam", "memoryefficientsam", "efficientsam")
     }
     assert times["base"] == pytest.approx((2, 3))
     assert times["sam"] == pytest.approx((3, 4))  # a pass without, then one with
     assert times["gsam"] == pytest.approx((4, 6))
     assert times["looksam"] == pytest.approx((2.4, 3.6))
+    assert times["memoryefficientsam"] == pytest.approx((4 / 3 + 2, 8 / 3 + 2))  # each pass takes 4/3
+    assert times["efficientsam"] == pytest.approx((7 / 6 + 2, 5 / 3 + 2))  # the one that sends takes 1/2
+    alone = estimate_communication(10**9, "memoryefficientsam", sharding="none", num_ranks=1)
+    assert alone.step_seconds(pass_seconds=3.0, bytes_per_second=1.0) == pytest.approx((8, 8))
 
 
 def test_the_docs_hold_the_tables_that_the_benchmark_prints():
     page = (Path(__file__).resolve().parents[2] / "docs" / "scale.md").read_text(encoding="utf-8")
     for title, lines in optimizer_scale.tables().items():
         assert "\n".join(lines) in page, title
+    for number in (optimizer_scale.NUM_PARAMS, optimizer_scale.BLOCK, optimizer_scale.ROOT):
+        assert f"{number:,}" in page
 
 
 # Recording ------------------------------------------------------------------------------------------------------------

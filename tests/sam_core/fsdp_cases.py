@@ -34,6 +34,7 @@ CASES = [
     *((method, "adamw", "mixed") for method in ("gsam", "friendlysam", "msam")),
     *((method, "sgd", variant) for method in ("sam", "gsam") for variant in ("scaled", "unfreed")),
     *((method, "sgd", "reloaded") for method in ("sam", "msam")),
+    *((method, "sgd", "m_sharpness") for method in ("sam", "asam")),
 ]
 FOUR_RANK_METHODS = ("sam", "asam", "gsam", "looksam", "friendlysam", "msam")
 HSDP_CASES = [(method, "sgd", "plain") for method in FOUR_RANK_METHODS]
@@ -110,6 +111,12 @@ def backward(loss: Tensor, params: list[Tensor]) -> None:
             param.grad /= dist.get_world_size()
 
 
+def differentiate(losses, part: Tensor, size: int) -> Tensor:
+    loss = losses(part).sum() / size
+    loss.backward()
+    return loss
+
+
 def train(method: str, base: str, variant: str, rank: int | None = None, mesh=None) -> dict[str, list]:
     """Weights and gradient norms of all steps: on this rank's shards, or for rank None in one process."""
     model = make_net()
@@ -140,7 +147,11 @@ def train(method: str, base: str, variant: str, rank: int | None = None, mesh=No
                 with torch.no_grad():
                     losses()
 
-        optimizer.step(losses if optimizer.takes_sample_losses else closure, grad_scaler=scaler)
+        if variant == "m_sharpness":  # two parts, each of a quarter of either rank's samples
+            parts = torch.arange(len(inputs)).reshape(-1, 2, 2).transpose(0, 1).flatten(1)
+            optimizer.step_m_sharpness([partial(differentiate, losses, part, len(inputs)) for part in parts])
+        else:
+            optimizer.step(losses if optimizer.takes_sample_losses else closure, grad_scaler=scaler)
         scaler.update()
         seen["norms"].append(float(_tensors.norm([p.grad for p in params if p.grad is not None])))
         with optimizer.at_weights(), torch.no_grad():

@@ -95,6 +95,24 @@ def skip(method: str, bad_pass: int, rank: int) -> dict[str, Any]:
     }
 
 
+def overflow(bad_pass: int, rank: int) -> dict[str, Any]:
+    """An infinite gradient in rank 1's shard alone, with a loss scaler."""
+    optimizer, make = build("sam")
+    scaler, before, calls = torch.amp.GradScaler("cpu", init_scale=1024.0), clean(optimizer), []
+    param = optimizer.param_groups[0]["params"][0]
+
+    def closure():
+        make(rank, (float(scaler.scale(torch.ones(()))),))()
+        calls.append(1)
+        if len(calls) == bad_pass and rank == 1:
+            param.grad.to_local().fill_(torch.inf)
+
+    optimizer.step(closure, grad_scaler=scaler)
+    scaler.update()
+    same = all(map(torch.equal, before, clean(optimizer)))
+    return {"scale": scaler.get_scale(), "skipped": optimizer.num_skipped, "same": same}
+
+
 def refuse(method: str, rank: int) -> str:
     """The error of a first pass on this rank's own gradient."""
     optimizer, make = build(method)
@@ -155,6 +173,7 @@ def main(directory: Path) -> None:
         results["train"] = {case: train(*case, rank=rank) for case in CASES}
         results["counts"] = {method: count_collectives(method) for method in METHODS}
         results["skips"] = {case: skip(*case, rank=rank) for case in PASSES}
+        results["overflows"] = {bad_pass: overflow(bad_pass, rank) for bad_pass in (1, 2)}
         results["refusals"] = {method: refuse(method, rank) for method in METHODS}
         results["normed"] = {method: train_normed(method, rank) for method in ("sam", "memoryefficientsam")}
         results["arithmetic"] = compute_arithmetic(rank)

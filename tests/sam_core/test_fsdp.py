@@ -31,6 +31,7 @@ from sam_core import _tensors
 pytestmark = pytest.mark.slow
 RANKS = Path(__file__).with_name("fsdp_ranks.py")
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-12}  # float64; sums over shards have another order
+ALONE = ("plain", "clipped", "reloaded", "m_sharpness")  # variants that make a difference in one process as well
 
 # Of two FSDP units: the root is gathered once a pass and kept for its backward, the block twice; both are reduced.
 PLAIN_PASS = {"_allgather_base_": 3, "_reduce_scatter_base_": 2}
@@ -71,7 +72,7 @@ def truth(method: str, base: str, variant: str) -> dict:
 
 
 def assert_like_one_process(ranks: list[dict], method: str, base: str, variant: str) -> None:
-    expected = truth(method, base, variant if variant in ("clipped", "reloaded") else "plain")
+    expected = truth(method, base, variant if variant in ALONE else "plain")
     for results in ranks:
         actual = results["train"][method, base, variant]
         torch.testing.assert_close(actual["weights"], expected["weights"], **TOLERANCE)
@@ -105,7 +106,7 @@ def test_the_cases_differ():
     ends = {
         case: torch.cat([p.flatten() for p in truth(*case)["weights"][-1]])
         for case in CASES
-        if case[2] in ("plain", "clipped", "reloaded") and case[0] != "memoryefficientsam"  # SAM to the last bit
+        if case[2] in ALONE and case[0] != "memoryefficientsam"  # SAM to the last bit
     }
     flat = list(ends.values())
     assert all((a - b).abs().max() > 1e-6 for i, a in enumerate(flat) for b in flat[:i])
@@ -129,6 +130,12 @@ def test_a_bad_gradient_on_one_rank_stops_all_ranks(ranks, method, bad_pass):
         assert skip["same"]
         assert skip["message"].startswith("the gradient of parameter 0 with shape [4, 5] is not finite at w")
         assert skip["message"] == ranks[0]["skips"][method, bad_pass]["message"]
+
+
+@pytest.mark.parametrize("bad_pass", [1, 2])
+def test_a_scaler_hears_of_an_overflow_in_a_shard_of_another_rank(ranks, bad_pass):
+    for results in ranks:
+        assert results["overflows"][bad_pass] == {"scale": 512.0, "skipped": 1, "same": True}
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -184,6 +185,37 @@ def resumed():
                 with optimizer.at_weights():
                     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
             seen[method, base] = clean(optimizer, model), train(method, base, warm=True)["clean"][-1]
+    return seen
+
+
+@case
+def zero_redundancy():
+    """Each rank has the base optimizer's state of some parameters; a file of all of it, after half of the steps."""
+    seen = {}
+    for method in METHODS:
+        state, weights = None, None
+        for part in (range(2), range(2, STEPS)):
+            model = make_model()
+            ddp = DDP(model)
+            base, options = BASES["adamw"]
+            optimizer = METHODS[method](ddp.parameters(), ZeroRedundancyOptimizer, optimizer_class=base, **options)
+            if state is not None:
+                nn.utils.vector_to_parameters(weights, model.parameters())
+                optimizer.load_state_dict(state)
+
+            def train_part(ddp=ddp, optimizer=optimizer, part=part, method=method):
+                for step in part:
+                    closure = make_closure(ddp, batch_of(step, RANK), method=method)
+                    optimizer.step(closure, ascent_context=ddp.no_sync)
+
+            seen[method, "message"] = refusal(train_part)
+            if seen[method, "message"] != "none":
+                break
+            optimizer.base_optimizer.consolidate_state_dict()
+            file = [optimizer.state_dict() if RANK == 0 else None]
+            dist.broadcast_object_list(file)
+            state, weights = file[0], nn.utils.parameters_to_vector(model.parameters()).detach()
+        seen[method] = copies(model)
     return seen
 
 

@@ -204,6 +204,19 @@ def test_a_resumed_run_is_the_whole_one_bit_for_bit(runs, method, base):
         assert_bitwise(*run["resumed"][method, base])
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_base_optimizer_that_shares_out_its_state(runs, method):
+    """In four steps, resumed after two."""
+    for run in runs:
+        seen = run["zero_redundancy"]
+        if method == "msam":  # it would train as AdamW
+            assert seen["msam", "message"].startswith("ValueError: base_optimizer must keep its momentum in its state")
+            continue
+        assert seen[method, "message"] == "none"
+        assert_near(seen[method], run["steps"][method, "adamw", True]["weights"][-1])
+        assert_bitwise(seen[method], runs[0]["zero_redundancy"][method])
+
+
 # Bad gradients --------------------------------------------------------------------------------------------------------
 
 
@@ -385,15 +398,27 @@ def test_gradients_are_summed_over_ranks_as_often_as_the_docs_say(runs):
         assert calls == pytest.approx({key: number * buckets for key, number in expected.items()})
 
 
-def test_the_script_of_the_docs_runs(tmp_path):
+def script_of_the_docs(engine: str, folder: Path) -> str:
+    """What docs/distributed.md has under this heading, run on two ranks."""
     page = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text(encoding="utf-8")
-    script = re.search(r"<!-- This script runs as a test, under torchrun. -->\n```python\n(.*?)```", page, re.DOTALL)
-    (tmp_path / "train.py").write_text(script[1], encoding="utf-8")
-    output = launch(2, "train.py", folder=tmp_path)
+    section = page[page.index(f"\n## {engine}\n") :]
+    script = re.search(r"<!-- This script runs as a test, under torchrun. -->\n```python\n(.*?)```", section, re.DOTALL)
+    (folder / "train.py").write_text(script[1], encoding="utf-8")
+    return launch(2, "train.py", folder=folder)
+
+
+def test_the_script_of_the_docs_runs(tmp_path):
+    output = script_of_the_docs("DistributedDataParallel", tmp_path)
     losses = [float(loss) for loss in re.findall(r"^loss (\S+)$", output, re.MULTILINE)]
     assert len(losses) == 5 and losses[-1] < losses[0]
     assert float(re.search(r"^accuracy (\S+)$", output, re.MULTILINE)[1]) > 0.9
     assert torch.load(tmp_path / "model.pt").keys() >= {"0.weight", "1.running_mean"}
+
+
+def test_the_script_of_the_docs_for_fsdp2_runs(tmp_path):
+    output = script_of_the_docs("FSDP2", tmp_path)
+    losses = [float(loss) for loss in re.findall(r"^loss (\S+)$", output, re.MULTILINE)]
+    assert len(losses) == 3 and losses[-1] < losses[0] / 2
 
 
 def test_which_methods_are_local():

@@ -20,6 +20,7 @@ from sam_cases import BASES, METHODS, assert_bitwise, copies, make_model, method
 pytestmark = pytest.mark.slow
 
 NUM_STEPS, SHARE = 3, 8
+TRAINERS = ("accelerate", "accelerate fsdp2", "lightning", "hugging_face")
 LOCAL = ("sam", "asam", "memoryefficientsam")
 SYNCED = [method for method in METHODS if not method_class(method).takes_sample_losses]
 
@@ -65,7 +66,7 @@ def test_ranks_are_equal_bit_for_bit(ranks):
 @pytest.mark.parametrize(
     ("trainer", "method"),
     [
-        *((trainer, method) for trainer in ("accelerate", "lightning", "hugging_face") for method in SYNCED),
+        *((trainer, method) for trainer in TRAINERS for method in SYNCED),
         *(("hugging_face accumulated", method) for method in ("gsam", "looksam", "msam")),
     ],
 )

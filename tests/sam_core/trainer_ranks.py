@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from lightning.pytorch import LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.strategies import DDPStrategy
@@ -42,8 +44,8 @@ def make_optimizer(model: nn.Module, method: str):
     return METHODS[method](model.parameters(), BASES["sgd"][0], **BASES["sgd"][1])
 
 
-def accelerated(method: str, *, local: bool = False) -> list[torch.Tensor]:
-    accelerator, net = Accelerator(cpu=True), make_model()
+def accelerated(method: str, *, local: bool = False, sharded: bool = False) -> list[torch.Tensor]:
+    accelerator, net = sharding_accelerator() if sharded else Accelerator(cpu=True), make_model()
     optimizer = make_optimizer(net, method)
     model, _, loader = accelerator.prepare(net, optimizer, DataLoader(make_data(), batch_size=SHARE))
     for inputs, targets in loader:
@@ -59,7 +61,17 @@ def accelerated(method: str, *, local: bool = False) -> list[torch.Tensor]:
         context = accelerator.no_sync(model) if local else None
         optimizer.step(sample_losses if optimizer.takes_sample_losses else closure, ascent_context=context)
     with optimizer.at_weights():
-        return copies(net)
+        return [p.full_tensor().clone() for p in model.parameters()] if sharded else copies(net)
+
+
+def sharding_accelerator() -> Accelerator:
+    """FSDP2 by accelerate, which keeps it for GPUs: on a CPU it must be told."""
+    AcceleratorState._reset_state()
+    options = {"auto_wrap_policy": "no_wrap", "cpu_ram_efficient_loading": False}
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **options)
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    accelerator.state._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
+    return accelerator
 
 
 class Module(LightningModule):
@@ -136,6 +148,9 @@ def main(folder: str) -> None:
     for method in LOCAL:
         seen["accelerate local", method] = accelerated(method, local=True)
         seen["lightning local", method] = lightning(method, local=True)
+    for method in METHODS:  # last: accelerate leaves a mark of it in the environment
+        if not method_class(method).takes_sample_losses:
+            seen["accelerate fsdp2", method] = accelerated(method, sharded=True)
     torch.save(seen, Path(folder) / f"{os.environ['RANK']}.pt")
 
 

@@ -47,8 +47,8 @@ def certify_risk(
     params: Sequence[Tensor] | None = None,
     prior_mean: Sequence[Tensor] | None = None,
     max_rise: float = 0.05,
-    sigmas: Sequence[float] = _SIGMAS,
-    prior_sigmas: Sequence[float] = _PRIOR_SIGMAS,
+    sigmas: Sequence[float] | None = None,
+    prior_sigmas: Sequence[float] | None = None,
     delta: float = 0.05,
     mc_delta: float = 0.01,
     num_draws: int = 1000,
@@ -77,8 +77,8 @@ def certify_risk(
             running statistics, are fixed, and must have been chosen without the samples, too.
         prior_mean: w0, one tensor for each of them; None: zeros.
         max_rise: rise of the empirical risk that the width may cost, >= 0.
-        sigmas: widths s to choose from, > 0, in parameter units.
-        prior_sigmas: widths p to choose from, > 0, in parameter units.
+        sigmas: widths s to choose from, > 0, in parameter units; None: 53 from 2^-12 to 2, each 2^(1/4) times the last.
+        prior_sigmas: widths p to choose from, likewise; None: 121 from 2^-12 to 8, each 2^(1/8) times the last.
         delta: probability that the bound fails, in (0, 1), of all causes.
         mc_delta: the share of it that the draws have, in (0, delta).
         num_draws: fewest independent draws that measure the risk; whole passes are made.
@@ -110,6 +110,8 @@ def certify_risk(
     if mc_delta >= delta:
         raise ValueError(f"mc_delta must be < delta = {delta!r}, got {mc_delta!r}.")
     check_count("num_draws", num_draws, at_least=1)
+    sigmas = _SIGMAS if sigmas is None else sigmas
+    prior_sigmas = _PRIOR_SIGMAS if prior_sigmas is None else prior_sigmas
     for name, values in (("sigmas", sigmas), ("prior_sigmas", prior_sigmas)):
         if not len(values):
             raise ValueError(f"{name} must hold one value at least, got {values!r}.")

@@ -41,7 +41,8 @@ def compute_pac_bayes_bound(
         hessian_trace: trace of its Hessian, in loss per squared parameter unit, >= 0.
         n_samples: n, >= 1.
         n_params: d, >= 1.
-        prior_variance: p², > 0, chosen without the samples.
+        prior_variance: p², > 0, chosen without the samples. The best of several is paid for: give each delta divided by
+            their number.
         delta: probability that the bound fails, in (0, 1).
         distance_squared: ||w − w0||², from the weights to the centre of the prior, >= 0.
 

@@ -1,8 +1,9 @@
 """Description length: how many bits the weights need, where the loss is flat few (Hinton & van Camp 1993).
 
-Laplace form. Let the prior be N(w0, p² I) and λ_i the eigenvalues of the Hessian of the mean loss L in nats at its
-minimum w. To second order the evidence of n samples is a Gaussian integral (MacKay 1992, "A Practical Bayesian
-Framework for Backpropagation Networks"; MacKay 2003, chapter 28), and the code that attains it has the length
+Laplace form. Let the prior be N(w0, p² I), w the minimum of n L + ||w − w0||² / (2 p²), where L is the mean loss in
+nats, and λ_i the eigenvalues of the Hessian of L there. To second order the evidence of n samples is a Gaussian
+integral (MacKay 1992, "A Practical Bayesian Framework for Backpropagation Networks"; MacKay 2003, chapter 28), and the
+code that attains it has the length
 
     −ln p(data)  =  n L  +  ||w − w0||² / (2 p²)  +  1/2 sum_i ln(1 + n p² λ_i).
 
@@ -40,8 +41,8 @@ def description_length_bits(
     """Laplace form: [n L + ||w − w0||²/(2p²) + 1/2 sum_i ln(1 + n p² λ_i)] / ln 2,  in bits.
 
     Eigenvalues that are left out count as flat, so that the top few give a lower end. Of a trace T over d weights
-    alone, d times T/d gives an upper end, for the logarithm is concave. Valid at a minimum: eigenvalues that are
-    negative by estimation noise are for the caller to set to 0.
+    alone, d times T/d gives an upper end, for the logarithm is concave. At a minimum of the loss and the prior together
+    it is exact to second order. Eigenvalues that are negative, by estimation noise say, are for the caller to set to 0.
 
     Args:
         hessian_eigenvalues: λ_i >= 0 of the Hessian of the mean loss, in nats per squared parameter unit.

@@ -33,7 +33,7 @@ from sam_core._checks import check_count, check_nonnegative, check_positive
 from sam_core.bounds.divergences import check_probability
 from sam_core.bounds.pac_bayes import check_delta
 
-_LAMBDAS = tuple(2.0**-power for power in range(1, 11))
+_HALVES = tuple(2.0**-power for power in range(1, 11))
 
 
 def flatness_bound(
@@ -45,7 +45,7 @@ def flatness_bound(
     num_samples: int,
     delta: float = 0.05,
     *,
-    lambdas: Sequence[float] = _LAMBDAS,
+    lambdas: Sequence[float] | None = None,
 ) -> float:
     """L <= min over λ of  L̂ + (KL + ln(m/delta)) / (λn) + λ θ(λ) [S + c_P G]:  all of it known from the samples.
 
@@ -62,7 +62,8 @@ def flatness_bound(
         kl: KL(Q || P) in nats, >= 0.
         num_samples: n, >= 1.
         delta: probability that the bound fails, in (0, 1).
-        lambdas: values of λ in (0, 1); the best is taken, and paid for by the m in ln(m/delta).
+        lambdas: values of λ in (0, 1), of which the best is paid for by the m in ln(m/delta); None: 1/2, 1/4, …,
+            1/1024.
 
     Returns:
         The bound, >= L̂; above 1 it says nothing.
@@ -83,6 +84,7 @@ def flatness_bound(
             f"mean_squared_risk must be in [empirical_risk², empirical_risk] = "
             f"[{empirical_risk**2!r}, {empirical_risk!r}], got {mean_squared_risk!r}."
         )
+    lambdas = _HALVES if lambdas is None else lambdas
     _check_lambdas(lambdas, 1.0)
     second_moment = mean_squared_risk + poincare_constant * mean_squared_gradient
     complexity = (kl + math.log(len(lambdas) / delta)) / num_samples
@@ -98,7 +100,7 @@ def population_flatness_bound(
     delta: float = 0.05,
     *,
     self_bounding: float = 1.0,
-    lambdas: Sequence[float] = _LAMBDAS,
+    lambdas: Sequence[float] | None = None,
 ) -> float:
     """L <= min over λ of  [L̂ + (KL + ln(m/delta)) / (λn) + (λ/2) c_P G] / (1 − λC/2),  after the paper.
 
@@ -115,7 +117,8 @@ def population_flatness_bound(
         num_samples: n, >= 1.
         delta: probability that the bound fails, in (0, 1).
         self_bounding: C, > 0; 1 is right for every loss in [0, 1].
-        lambdas: values of λ in (0, 2/C); the best is taken, and paid for by the m in ln(m/delta).
+        lambdas: values of λ in (0, 2/C), of which the best is paid for by the m in ln(m/delta); None: 1/C, 1/2C, …,
+            1/512C.
 
     Returns:
         The bound, >= L̂.
@@ -125,10 +128,11 @@ def population_flatness_bound(
 
     Example:
         >>> round(population_flatness_bound(0.05, 0.1, 0.01, kl=20.0, num_samples=1000, self_bounding=0.1), 3)
-        0.103
+        0.07
     """
     _check(empirical_risk, mean_squared_gradient, poincare_constant, kl, num_samples, delta)
     check_positive("self_bounding", self_bounding)
+    lambdas = [2 / self_bounding * half for half in _HALVES] if lambdas is None else lambdas
     _check_lambdas(lambdas, 2 / self_bounding)
     complexity = (kl + math.log(len(lambdas) / delta)) / num_samples
     variance = poincare_constant * mean_squared_gradient

@@ -69,7 +69,7 @@ def test_closed_forms_against_autograd_and_draws():
 
 @pytest.mark.parametrize("s", [0.1, 1.0, 3.0])
 def test_poincare_constant_of_a_gaussian_is_its_variance(s):
-    """Var l <= s² E ||grad l||², with equality for linear f; divided by s² it would be wrong for all s but 1."""
+    """Var l <= s² E ||grad l||², nearly an equality where s is small; with 1/s² it fails where s is large."""
     example, mean = Example(s=s), torch.tensor([0.3, -0.2, 0.1]).double()
     z = example.sample(200, torch.Generator().manual_seed(0))
     squares = (mean - z).square().sum(-1)
@@ -127,6 +127,19 @@ def test_bound_by_hand():
     # Two values of λ cost ln 2.
     dearer = flatness_bound(0.1, 0.04, 2.0, 0.01, kl + math.log(2), 100, lambdas=[0.5])
     assert flatness_bound(0.1, 0.04, 2.0, 0.01, kl, 100, lambdas=[0.5, 0.5]) == pytest.approx(dearer, rel=1e-12)
+
+
+def test_values_of_lambda_by_default():
+    """1/2 to 1/1024; of the population form 1/C to 1/512C, so that every C has some."""
+    settings = {"empirical_risk": 0.1, "mean_squared_gradient": 2.0, "poincare_constant": 0.01, "kl": 3.0}
+    settings |= {"num_samples": 100}
+    halves = [2.0**-k for k in range(1, 11)]
+    assert flatness_bound(**settings, mean_squared_risk=0.04) == flatness_bound(
+        **settings, mean_squared_risk=0.04, lambdas=halves
+    )
+    for c in (0.1, 40.0):
+        scaled = population_flatness_bound(**settings, self_bounding=c, lambdas=[2 * half / c for half in halves])
+        assert population_flatness_bound(**settings, self_bounding=c) == pytest.approx(scaled, rel=1e-12)
 
 
 def test_flat_minima_and_even_losses_beat_the_bound_that_knows_the_risk_alone():

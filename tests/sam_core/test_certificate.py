@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 import math
 
@@ -81,6 +82,13 @@ def test_bound_is_put_together_as_stated():
     complexity = (result.kl + math.log(2 * math.sqrt(16) * 3 / 0.08)) / 16
     assert result.risk_bound == pytest.approx(inverse(top, complexity), rel=1e-9)
     assert (result.num_priors, result.confidence) == (3, 0.9)
+
+
+def test_default_grids_are_described_and_not_printed():
+    assert len(str(inspect.signature(certify_risk))) < 600  # help() shows it
+    result = certify_risk(Thresholds(), value, THRESHOLDS, num_draws=10)
+    sigmas, priors = [2.0 ** (k / 4) for k in range(-48, 5)], [2.0 ** (k / 8) for k in range(-96, 25)]
+    assert certify_risk(Thresholds(), value, THRESHOLDS, sigmas=sigmas, prior_sigmas=priors, num_draws=10) == result
 
 
 def test_width_is_the_largest_that_flatness_allows():

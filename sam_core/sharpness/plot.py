@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,12 +24,13 @@ def plot_landscape(landscape: LossLandscape, path: str | os.PathLike[str]) -> No
         axes.axvline(0, color=_GREY, linewidth=0.8, linestyle=":")
         axes.set(xlabel="step", ylabel="loss")
     else:
-        axes.contourf(steps, steps, losses.T, levels=40, cmap="Blues")
+        axes.contourf(steps, steps, losses.T, levels=24, cmap="Blues")
         lines = axes.contour(steps, steps, losses.T, levels=12, colors=_BLUE, linewidths=0.7)
         axes.clabel(lines, fontsize=7)
         axes.plot(0, 0, "+", color="black", markersize=9)
-        axes.set(xlabel="first direction", ylabel="second direction", aspect="equal")
-    figure.savefig(path, dpi=150)
+        axes.set(xlabel="first direction", ylabel="second direction", title="loss", aspect="equal")
+        axes.locator_params(nbins=5)
+    _save(figure, path)
 
 
 def plot_density(density: SpectralDensity, path: str | os.PathLike[str], sigma: float | None = None) -> None:
@@ -41,7 +43,7 @@ def plot_density(density: SpectralDensity, path: str | os.PathLike[str], sigma: 
     figure, axes = _figure()
     axes.semilogy(points.numpy(), values.numpy(), color=_BLUE)
     axes.set(xlabel="eigenvalue", ylabel="density", ylim=(float(values.max()) * 1e-7, float(values.max()) * 2))
-    figure.savefig(path, dpi=150)
+    _save(figure, path)
 
 
 def _figure() -> tuple[Any, Any]:
@@ -51,3 +53,14 @@ def _figure() -> tuple[Any, Any]:
         raise ImportError("plots need matplotlib: pip install matplotlib") from error
     figure = Figure(figsize=(4.6, 3.6), layout="constrained")
     return figure, figure.add_subplot()
+
+
+def _save(figure: Any, path: str | os.PathLike[str]) -> None:
+    """Whole or not at all."""
+    file = Path(path)
+    temporary = file.with_stem(f".{file.stem}.partial")
+    try:
+        figure.savefig(temporary, dpi=110)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)

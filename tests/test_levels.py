@@ -167,7 +167,7 @@ LEVELS: dict[str, dict[str, int]] = {
 }
 #: Modules of sam_core that only their users import, and what those need beside torch.
 ALSO_NEEDS: dict[str, set[str]] = {
-    "integrations.lightning": {"lightning"},
+    "integrations.lightning": {"lightning", "pytorch_lightning"},
     "integrations.hugging_face": {"transformers"},
     "tuning.plot": {"matplotlib"},  # imported by the function that draws
     "sharpness.plot": {"matplotlib"},

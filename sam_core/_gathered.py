@@ -32,12 +32,9 @@ def forget_gathered(params: Collection[Tensor]) -> None:
 def check_sharded(params: Collection[Tensor]) -> None:
     """Raise ValueError for whole copies of parameters: they get no gradient, and are no more after the backward.
 
-    And for those of FSDP1, plain tensors that hold a part of the weights: their norm would be another on each rank.
+    And for those of FSDP1: see :func:`refuse_flattened`.
     """
-    if any(getattr(param, "_fsdp_flattened", False) for param in params):
-        raise ValueError(
-            "params must not be those of FullyShardedDataParallel (FSDP1): shard with fully_shard instead."
-        )
+    refuse_flattened(params)
     given = set(map(id, params))
     for module, group in _gathered_groups():
         if any(id(held.unsharded_param) in given for held in group.fsdp_params):
@@ -45,6 +42,17 @@ def check_sharded(params: Collection[Tensor]) -> None:
                 "params must be the shards that fully_shard made, got weights that a forward gathered from them: "
                 f"call reshard() of the {type(module).__name__} before model.parameters()."
             )
+
+
+def refuse_flattened(params: Collection[Tensor]) -> None:
+    """Raise ValueError for FSDP1's, plain tensors with a part of the weights: their norm would be another on each rank.
+
+    FSDP1 may also take them after the optimizer was made, as accelerate does.
+    """
+    if any(getattr(param, "_fsdp_flattened", False) for param in params):
+        raise ValueError(
+            "params must not be those of FullyShardedDataParallel (FSDP1): shard with fully_shard instead."
+        )
 
 
 def _gathered_groups() -> Iterator[tuple[FSDPModule, Any]]:

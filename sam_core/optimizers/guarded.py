@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from sam_core import _tensors
 from sam_core._checks import check_in, check_positive
 from sam_core._dtensors import is_dtensor
-from sam_core._gathered import check_sharded, forget_gathered
+from sam_core._gathered import check_sharded, forget_gathered, refuse_flattened
 from sam_core.optimizers.wrapper import OptimizerWrapper
 
 
@@ -140,10 +140,11 @@ class GuardedOptimizer(OptimizerWrapper):
             _tensors.scale_([p.grad for p in params], factor, foreach=self.foreach)
 
     def _check_gradients(self, where: str) -> None:
-        """Refuse a step without gradients and gradients that are not dense."""
+        """Refuse a step without gradients, gradients that are not dense, and those of FSDP1's parts of weights."""
         params = self._params_with_grad()
         if not params:
             raise RuntimeError(f"no parameter has a gradient at {where}: call backward on the loss before the step.")
+        refuse_flattened(params)
         for param in params:
             if param.grad.layout != torch.strided:
                 raise ValueError(

@@ -295,6 +295,21 @@ def test_parameters_of_fsdp1_are_refused(use_orig_params, one_rank):
         SAM(model.parameters(), torch.optim.SGD, lr=0.1)
 
 
+@pytest.mark.parametrize("method", ["sam", "msam", "efficientsam"])
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
+def test_an_optimizer_made_before_fsdp1_refuses_its_first_step(method, one_rank):
+    """As accelerate makes it: FSDP1 keeps the parameters that the optimizer has, and takes their parts away."""
+    net = make_model()
+    optimizer = METHODS[method](net.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+    before = copies(net)
+    model = FullyShardedDataParallel(net, use_orig_params=True, device_id=torch.device("cpu"))
+    with pytest.raises(
+        ValueError, match=r"^params must not be those of FullyShardedDataParallel \(FSDP1\): shard with"
+    ):
+        optimizer.step(make_closure(model, method=method))
+    assert_bitwise(copies(net), before)
+
+
 def test_without_a_process_group_there_is_nothing_to_agree_on():
     model = make_model()
     optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1)

@@ -220,22 +220,6 @@ def test_a_loss_of_state_would_show(method, base):
     assert max(float((a - b).abs().max()) for a, b in zip(results[1], expected, strict=True)) > 1e-5
 
 
-@pytest.mark.parametrize("method", REMEMBERING)
-def test_state_without_the_mark_is_known(method):
-    """As it was saved before there was one."""
-    model, optimizer = build((method, "adamw", ""))
-    train(model, optimizer, 0, NUM_BEFORE)
-    state = copy.deepcopy(optimizer.state_dict())
-    for entries in state["state"].values():
-        del entries["sam_core.known"]
-    _, other = build((method, "adamw", ""))
-    other.load_state_dict(state)
-    for entries, expected in zip(
-        other.state_dict()["state"].values(), optimizer.state_dict()["state"].values(), strict=True
-    ):
-        assert_bitwise([entries[f"sam_core.{REMEMBERING[method]}"]], [expected[f"sam_core.{REMEMBERING[method]}"]])
-
-
 @pytest.mark.parametrize("saved", ["inside", "outside", "model outside, optimizer inside"])
 @pytest.mark.parametrize("loaded", ["inside", "outside"])
 @pytest.mark.parametrize("order", ["model first", "optimizer first"])

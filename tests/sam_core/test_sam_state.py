@@ -99,6 +99,26 @@ def test_plain_checkpoint_of_the_base_optimizer_keeps_the_options():
     base.load_state_dict(optimizer.state_dict())  # and back
 
 
+@pytest.mark.parametrize("method", ["sam", "friendlysam", "momentumsam", "looksam", "msam"])
+def test_a_state_of_before_perturb_and_known_resumes(method):
+    """As older versions saved it: what it holds was known; groups take the option of the optimizer that loads it."""
+    models = [make_model(), make_model()]
+    whole, resumed = (METHODS[method](model.parameters(), torch.optim.AdamW, lr=0.01) for model in models)
+    for _ in range(3):  # LookSAM keeps a g_v for the fourth
+        whole.step(make_closure(models[0]))
+    saved = copy.deepcopy(whole.state_dict())
+    for group in saved["param_groups"]:
+        del group["perturb"]
+    for entries in saved["state"].values():
+        assert entries.pop("sam_core.known", method == "sam")
+    models[1].load_state_dict(models[0].state_dict())
+    resumed.load_state_dict(saved)
+    assert resumed.param_groups[0]["perturb"] is True
+    for model, optimizer in zip(models, (whole, resumed), strict=True):
+        optimizer.step(make_closure(model))
+    assert_bitwise(copies(models[1]), copies(models[0]))
+
+
 def test_other_groups_are_refused():
     optimizer = SAM(make_model().parameters(), torch.optim.SGD, lr=0.1)
     other = SAM([nn.Parameter(torch.ones(1))], torch.optim.SGD, lr=0.1)

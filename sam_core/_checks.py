@@ -16,7 +16,8 @@ def check_finite(name: str, value: Any) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise ValueError(f"{name} must be a real number, got {value!r}.")
-    if not -math.inf < value < math.inf:  # torch.compile traces no math.isfinite of a number that changes
+    # torch.compile traces no math.isfinite of a number that changes.
+    if not -math.inf < value < math.inf:  # type: ignore[operator]
         raise ValueError(f"{name} must be finite, got {value!r}.")
 
 

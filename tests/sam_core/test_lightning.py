@@ -408,7 +408,9 @@ def test_two_callbacks_do_no_harm(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     for method in ("sam", "msam"):
         module, trainer = Module(method), make_trainer()
-        assert sum(isinstance(callback, SharpnessAwareCallback) for callback in trainer.callbacks) == 2
+        assert (
+            sum(isinstance(callback, SharpnessAwareCallback) for callback in trainer.callbacks) >= 2
+        )  # with the one of this package, if it is installed
         trainer.fit(module, make_loader())
         assert_bitwise(state(module.net), state(plain_loop(method)[0]))
 

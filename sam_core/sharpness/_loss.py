@@ -96,8 +96,9 @@ class ParameterLoss:
             leaves, batch_value = self.graph(loss, params)
             total, value = total + size, value + size * float(batch_value.detach())
             for name, grad in grads_by(batch_value, leaves).items():
-                sums[name] = sums[name].add_(grad, alpha=size) if name in sums else size * grad
-        return value / total, {name: sum_ / total for name, sum_ in sums.items()}
+                scaled = grad if self.has_one_batch else size * grad
+                sums[name] = sums[name].add_(scaled) if name in sums else scaled
+        return value / total, sums if total == 1 else {name: sum_ / total for name, sum_ in sums.items()}
 
     @staticmethod
     def graph(loss: BatchLoss, params: Params) -> tuple[Params, Tensor]:

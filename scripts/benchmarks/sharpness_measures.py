@@ -1,9 +1,9 @@
 """Cost and accuracy of each measure of sharpness as networks grow, beside other libraries in the same run.
 
-Networks of three layers, trained for a moment on scikit-learn's digits, from 10^3 to 10^7 entries. Up to 3,200 the
-truth is the dense Hessian in float64; beyond, eigenvalues, which none can overestimate, are held against the largest
-that any library found, and traces against the mean of all. Times are processor time, taken in turns; a ratio is the
-median over rounds of a library's time over sam_core's in the same round.
+Networks of three layers, trained for a moment on scikit-learn's digits, from 10^3 to 10^7 entries, in float32. H v is
+held against float64, the rest against the dense Hessian up to 3,200 entries; beyond, eigenvalues against the median of
+the libraries, traces against their mean. Times are processor time, in turns; a ratio is the median over rounds of a
+library's time over sam_core's.
 
 For example: python scripts/benchmarks/sharpness_measures.py
 """
@@ -14,7 +14,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,6 +33,7 @@ from _common import run
 from sam_core.sharpness import (
     compute_average_sharpness,
     compute_hessian,
+    compute_hessian_vector_product,
     compute_m_sharpness,
     compute_sam_sharpness,
     compute_worst_case_sharpness,
@@ -85,15 +86,15 @@ def _measure(arguments: argparse.Namespace) -> None:
         size = SIZES[name]
         model, batch = trained_network(size)
         num_entries = sum(p.numel() for p in model.parameters())
-        truth = None
-        if num_entries <= DENSE:
-            truth = torch.linalg.eigvalsh(_dense(model, batch)).flip(0)
+        vector = torch.randn(num_entries, generator=torch.Generator().manual_seed(0))
+        exact, truth = _in_float64(model, batch, vector)
         parts = list(zip(batch[0].chunk(NUM_BATCHES), batch[1].chunk(NUM_BATCHES), strict=True))
         for data, whole in (([batch], True), (parts, False)):
             title = f"n = {num_entries:,}, {size.num_samples} samples in {len(data)} batch{'es' * (not whole)}"
             print(f"\n{title}\n", flush=True)
             with ExitStack() as stack:
-                _print_rows(_rows(libraries(model, data, stack), num_entries, size, truth, whole))
+                found = libraries(model, data, stack)
+                _print_rows(list(found), _rows(found, size, vector, exact, truth, whole))
         _print_first_order(model, batch, size)
 
 
@@ -115,51 +116,51 @@ def trained_network(size: Size) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
     return model, batch
 
 
-def _dense(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+def _in_float64(model: nn.Module, batch: tuple[Tensor, Tensor], vector: Tensor) -> tuple[Tensor, Tensor | None]:
+    """H v [n], and the eigenvalues of H [n], falling, if n is small enough."""
     model.double()
-    hessian = compute_hessian(model, cross_entropy, batch[0].double(), batch[1])
+    data = model, cross_entropy, batch[0].double(), batch[1]
+    product, eigenvalues = compute_hessian_vector_product(*data, vector.double()), None
+    if len(vector) <= DENSE:
+        eigenvalues = torch.linalg.eigvalsh(compute_hessian(*data)).flip(0)
     model.float()
-    return hessian
+    return product, eigenvalues
 
 
-def _rows(found: dict[str, Library], num_entries: int, size: Size, truth: Tensor | None, whole: bool) -> list[Row]:
+def _rows(
+    found: dict[str, Library], size: Size, vector: Tensor, exact: Tensor, truth: Tensor | None, whole: bool
+) -> Iterator[Row]:
+    """One after the other; of the largest network fewer."""
     ours = found["sam_core"]
     assert isinstance(ours, Ours)
-    vector = torch.randn(num_entries, generator=torch.Generator().manual_seed(0))
-    rows = [_row("H v", found, size.rounds + 2, lambda lib, seed: lib.product(vector), _product_errors)]
+    errors = partial(_product_errors, exact=exact)
+    yield _row("H v", found, size.rounds + 2, lambda lib, seed: lib.product(vector), errors)
     if not whole and not size.num_steps:
-        return rows
+        return
     ours.top(size.k, 0)
-    rows.append(
-        _row(
-            f"{size.k} largest eigenvalue{'s' * (size.k > 1)} ({ours.num_products} products)",
-            found,
-            size.rounds,
-            lambda lib, seed: lib.top(size.k, ours.num_products),
-            partial(_eigenvalue_errors, truth=truth),
-        )
+    yield _row(
+        f"{size.k} largest eigenvalue{'s' * (size.k > 1)} ({ours.num_products} products)",
+        found,
+        size.rounds,
+        lambda lib, seed: lib.top(size.k, ours.num_products),
+        partial(_eigenvalue_errors, truth=truth),
     )
     for method in ("hutchinson", "hutch++") if whole and size.num_steps else ("hutch++",):
-        rows.append(
-            _row(
-                f"trace, {method} ({size.num_products} products)",
-                found,
-                size.rounds,
-                lambda lib, seed, method=method: lib.trace(method, size.num_products, seed),  # type: ignore[misc]
-                partial(_trace_errors, truth=truth),
-            )
+        yield _row(
+            f"trace, {method} ({size.num_products} products)",
+            found,
+            size.rounds,
+            lambda lib, seed, method=method: lib.trace(method, size.num_products, seed),  # type: ignore[misc]
+            partial(_trace_errors, truth=truth),
         )
     if whole and size.num_steps:
-        rows.append(
-            _row(
-                f"density ({size.num_steps} steps)",
-                found,
-                size.rounds,
-                lambda lib, seed: lib.density(size.num_steps, seed),
-                partial(_density_errors, truth=truth),
-            )
+        yield _row(
+            f"density ({size.num_steps} steps)",
+            found,
+            size.rounds,
+            lambda lib, seed: lib.density(size.num_steps, seed),
+            partial(_density_errors, truth=truth),
         )
-    return rows
 
 
 def _row(
@@ -169,24 +170,24 @@ def _row(
     ask: Callable[[Library, int], Any],
     errors: Callable[[dict[str, list[Any]]], dict[str, float]],
 ) -> Row:
+    """Ask all in turn; of several rounds the first warms up."""
     answers: dict[str, list[Any]] = {name: [] for name in found}
+    seconds: dict[str, list[float]] = {name: [] for name in found}
+    for number in range(rounds + (rounds > 1)):
+        for name, library in found.items():
+            started = time.process_time()
+            answers[name].append(ask(library, number))
+            seconds[name].append(time.process_time() - started)
+    return Row(title, {name: times[rounds > 1 :] for name, times in seconds.items()}, errors(answers))
 
-    def action(name: str) -> None:
-        answers[name].append(ask(found[name], len(answers[name])))
 
-    actions: dict[str, Callable[[], object]] = {name: partial(action, name) for name in found}
-    return Row(title, interleaved(actions, rounds, clock=time.process_time), errors(answers))
-
-
-def _product_errors(answers: dict[str, list[Tensor]]) -> dict[str, float]:
-    """Of each product, relative to the median of all."""
-    middle = torch.stack([found[0] for found in answers.values()]).median(dim=0).values
-    return {name: float((found[0] - middle).norm() / middle.norm()) for name, found in answers.items()}
+def _product_errors(answers: dict[str, list[Tensor]], exact: Tensor) -> dict[str, float]:
+    return {name: float((found[0] - exact).norm() / exact.norm()) for name, found in answers.items()}
 
 
 def _eigenvalue_errors(answers: dict[str, list[Tensor]], truth: Tensor | None) -> dict[str, float]:
     if truth is None:
-        truth = torch.stack([found[0] for found in answers.values()]).max(dim=0).values
+        truth = torch.stack([found[0] for found in answers.values()]).median(dim=0).values
     wanted = truth[: len(next(iter(answers.values()))[0])]
     return {name: float(((found[0] - wanted) / wanted).abs().max()) for name, found in answers.items()}
 
@@ -215,8 +216,7 @@ def _density_errors(answers: dict[str, list[tuple[Tensor, Tensor]]], truth: Tens
     }
 
 
-def _print_rows(rows: list[Row]) -> None:
-    names = list(rows[0].seconds)
+def _print_rows(names: list[str], rows: Iterator[Row]) -> None:
     others = names[1:]
     print("| | ms | " + " | ".join(f"{name} ×" for name in others) + " | relative error: " + ", ".join(names) + " |")
     print("| --- | ---: |" + " ---: |" * len(others) + " --- |")

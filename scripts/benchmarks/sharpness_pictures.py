@@ -36,19 +36,23 @@ from sam_core.sharpness import (
 
 Measure = Callable[..., Any]
 MEASURES: dict[str, Measure] = {
-    "largest eigenvalue": lambda *data: float(compute_top_eigenvalues(*data, k=1).eigenvalues[0]),
-    "trace": lambda *data: compute_hessian_trace(*data).value,
+    "largest eigenvalue": lambda model, loss, x, y: float(
+        compute_top_eigenvalues(model, loss, x, y, k=1).eigenvalues[0]
+    ),
+    "trace": lambda model, loss, x, y: compute_hessian_trace(model, loss, x, y).value,
     "SAM sharpness, ρ = 0.1": partial(compute_sam_sharpness, rho=0.1),
     "m-sharpness, m = 50, ρ = 0.1": partial(compute_m_sharpness, rho=0.1, m=50),
     "worst case l2, ρ = 0.1": partial(compute_worst_case_sharpness, rho=0.1),
     "worst case l∞, ρ = 0.01": partial(compute_worst_case_sharpness, rho=0.01, norm="linf"),
-    "average, σ = 0.05": lambda *data: compute_average_sharpness(*data, sigma=0.05).value,
+    "average, σ = 0.05": lambda model, loss, x, y: compute_average_sharpness(model, loss, x, y, 0.05).value,
     "adaptive SAM sharpness, ρ = 1": partial(compute_sam_sharpness, rho=1.0, adaptive=True),
     "adaptive worst case l2, ρ = 1": partial(compute_worst_case_sharpness, rho=1.0, adaptive=True),
     "adaptive worst case l∞, ρ = 0.1": partial(compute_worst_case_sharpness, rho=0.1, norm="linf", adaptive=True),
-    "adaptive average, σ = 0.2": lambda *data: compute_average_sharpness(*data, sigma=0.2, adaptive=True).value,
-    "landscape by filter, mean rise": lambda *data: float(
-        compute_loss_landscape(*data, num_directions=1, num_points=11).rise.mean()
+    "adaptive average, σ = 0.2": lambda model, loss, x, y: (
+        compute_average_sharpness(model, loss, x, y, 0.2, adaptive=True).value
+    ),
+    "landscape by filter, mean rise": lambda model, loss, x, y: float(
+        compute_loss_landscape(model, loss, x, y, num_directions=1, num_points=11).rise.mean()
     ),
 }
 

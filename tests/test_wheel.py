@@ -67,7 +67,8 @@ class Hiding(importlib.machinery.PathFinder):
 sys.meta_path[:] = [Hiding if finder is importlib.machinery.PathFinder else finder for finder in sys.meta_path]
 import torch, sam_core
 for module in pkgutil.walk_packages(sam_core.__path__, "sam_core."):
-    importlib.import_module(module.name)
+    if not module.name.startswith("sam_core.integrations."):  # each needs the trainer that it is for
+        importlib.import_module(module.name)
 weight = torch.nn.Parameter(torch.ones(3))
 optimizer = sam_core.SAM([weight], torch.optim.SGD, lr=0.1)
 

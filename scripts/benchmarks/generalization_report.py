@@ -30,6 +30,8 @@ def write_report(records: Sequence[Record], folder: Path) -> None:
     print(_error_table(equal))
     print("\n## Test error at equal time, percent\n")
     print(_error_table(_at_equal_time(runs, ratios)))
+    print("\n## Cells in which a method is clearly better than the base optimizer / clearly worse / neither\n")
+    print(_count_table({"equal epochs": equal, "equal time": _at_equal_time(runs, ratios)}))
     print("\n## Flatness\n")
     print(_flatness_table(equal))
     print("\n## Kendall's tau between a measure and the test error\n")
@@ -62,7 +64,7 @@ def _by_cell(records: Sequence[Record]) -> dict[Cell, dict[str, dict[int, Record
     for record in records:
         problem, noise, base, method = _key(record)
         cells[problem, noise, base][method][record["run"]["seed"]] = record
-    return cells
+    return {cell: cells[cell] for cell in sorted(cells, key=lambda cell: (cell[0], cell[1], cell[2] != "SGD"))}
 
 
 def paired_difference(values: Tensor, others: Tensor, *, num_draws: int = 10_000) -> tuple[float, float, float]:
@@ -120,7 +122,7 @@ def kendall_table(records: Sequence[Record]) -> dict[str, dict[str, float]]:
     from scipy.stats import kendalltau
 
     groups: dict[str, list[Record]] = defaultdict(list)
-    for record in records:
+    for record in sorted(records, key=lambda record: _key(record)[:2]):
         groups[f"{record['run']['problem']}, {record['run']['noise']:.0%}"].append(record)
     taus: dict[str, dict[str, float]] = {}
     for name in measures(records):
@@ -153,6 +155,14 @@ def _draw_taus(taus: dict[str, dict[str, float]], path: Path) -> None:
     axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
     axes.set(xlim=(-1, 1), xlabel="Kendall's tau with the test error: one point a problem, bar the mean")
     figure.savefig(path, dpi=150)
+
+
+def _count_table(comparisons: dict[str, list[Record]]) -> str:
+    rows = ["| | " + " | ".join(list(LABELS.values())[1:]) + " |", "| --- " * len(LABELS) + "|"]
+    for name, records in comparisons.items():
+        cells = (" / ".join(map(str, counts)) for counts in count_clear(records).values())
+        rows.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
 
 
 def count_clear(records: Sequence[Record]) -> dict[str, tuple[int, int, int]]:

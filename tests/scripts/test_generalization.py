@@ -77,6 +77,22 @@ def test_a_run_that_goes_on_trains_nothing_twice(tmp_path, monkeypatch, capsys):
     assert all(-1 <= tau <= 1 for values in taus.values() for tau in values.values())
 
 
+def test_unfinished_comparisons_are_left_out_and_named(tmp_path, capsys):
+    path = tmp_path / "runs.jsonl"
+    arguments = [*SMALL, "--runs", str(path), "--output", str(tmp_path)]
+    assert generalization.main(arguments) == 0
+    whole = capsys.readouterr().out
+    lines = path.read_text().splitlines()
+    last = max(i for i, line in enumerate(lines) if '"base": "AdamW"' in line and '"measured": true' in line)
+    path.write_text("\n".join([*lines[:last], *lines[last + 1 :]]) + "\n")
+    assert generalization.main([*arguments, "--report-only"]) == 0
+    report = capsys.readouterr().out
+    assert report.startswith("not finished, left out: cancer MLP, AdamW, 40%\n")
+    assert "| cancer MLP, AdamW | 40% |" in whole
+    assert "| cancer MLP, AdamW | 40% |" not in report
+    assert "| cancer MLP, SGD | 40% |" in report
+
+
 def test_an_empty_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"^the file of runs holds no finished comparison\.$"):
         write_report([], tmp_path)

@@ -124,7 +124,7 @@ def test_only_given_parameters_are_rounded_and_everything_is_restored():
     whole = measure_description_length(model, distances, (inputs, targets), 0.01, params=[model[2].bias])
     assert whole.bits_per_weight == actual.bits_per_weight
     assert whole.loss == pytest.approx(actual.loss, rel=1e-12)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ZeroDivisionError, match="division by zero"):
         measure_description_length(model, lambda outputs, targets: 1 / 0, batches, 0.01)
     torch.testing.assert_close([p.detach() for p in model.parameters()], before, rtol=0, atol=0)
     assert model.training
